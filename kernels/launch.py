@@ -1,0 +1,194 @@
+"""Launches: one kernel over an address table updates every tensor where it lies.
+
+Gradients lie scattered, because autograd hands over fresh tensors. Copying them into a slab would cost 8
+bytes per element; reading them through a table of addresses costs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tritonopt.device import is_capturing
+from tritonopt.kernels.rmsprop import rmsprop_kernel
+from tritonopt.kernels.rprop import rprop_kernel
+
+BLOCK, WARPS = 1024, 4
+"""96 registers or fewer for the plain fp32 rules on sm_90; twice the block spills fp64 with all states."""
+
+RECENT_TABLES = 8
+"""The caching allocator repeats itself with a short period; each table is some 48 bytes per tensor."""
+
+_TYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+_captured: list[tuple[Tensor, Tensor]] = []  # tables that captured graphs read; never written again
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+class Launch:
+    """The update of `params` and their state, which must stay where they are as long as it is used."""
+
+    def __init__(
+        self,
+        rule: Callable[..., None],
+        params: Sequence[Tensor],
+        columns: Sequence[Sequence[Tensor] | None],
+    ) -> None:
+        self.rule = rule
+        self.device = params[0].device
+        self.numels = [p.numel() for p in params]
+        self.addresses = [_addresses(params)]
+        self.addresses += [[0] * len(params) if c is None else _addresses(c) for c in columns]
+        self.programs = _programs(self.numels, self.device)
+        self.dtypes = (params[0].dtype, next(c[0].dtype for c in columns if c is not None))
+        self.unused = tuple(column is None for column in columns)
+        self._tables: OrderedDict[tuple[int, ...], tuple[Tensor, Tensor]] = OrderedDict()
+        self._spare: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, grads: Sequence[Tensor | None], **hyper: Any) -> None:
+        """Updates every tensor that has a gradient. A gradient has its parameter's strides."""
+        grad_dtype = next((g.dtype for g in grads if g is not None), None)
+        if grad_dtype is None or not len(self.programs):
+            return
+        with _on(self.device):
+            table = self._table(tuple([0 if g is None else g.data_ptr() for g in grads]))
+            self.rule(self, table, grad_dtype, **hyper)
+
+    def reserve(self, count: int = 2) -> None:
+        """Memory for tables that a graph capture may ask for: none can be pinned during one."""
+        size = len(self.numels) * (len(self.addresses) + 2)
+        while len(self._spare) < count:
+            self._spare.append(_buffers(size, self.device))
+
+    def _table(self, grads: tuple[int, ...]) -> Tensor:
+        capturing = is_capturing(self.device)
+        key = (_stream(self.device), *grads)
+        if key in self._tables and not capturing:
+            self._tables.move_to_end(key)
+            return self._tables[key][1]
+        param, *states = self.addresses
+        rows = array("q", chain.from_iterable(zip(self.numels, param, grads, *states, strict=True)))
+        if capturing:
+            if not self._spare:
+                raise RuntimeError(
+                    "graph capture needs a step outside the capture first, and at most two captured "
+                    "steps between two such steps: the address tables are pinned there"
+                )
+            host, table = self._spare.pop()
+            _captured.append((host, table))
+        else:
+            host, table = _buffers(len(rows), self.device)
+            self._tables[key] = (host, table)
+            if len(self._tables) > RECENT_TABLES:
+                self._tables.popitem(last=False)
+        host.copy_(torch.frombuffer(rows, dtype=torch.int64))
+        return table if table is host else table.copy_(host, non_blocking=True)
+
+
+def rmsprop_(
+    launch: Launch,
+    table: Tensor,
+    grad_dtype: torch.dtype,
+    *,
+    lr: float | Tensor,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    momentum: float,
+    maximize: bool,
+) -> None:
+    _, no_grad_avg, no_momentum_buffer = launch.unused
+    lr_ptr = lr if isinstance(lr, Tensor) and lr.device == launch.device else None
+    rmsprop_kernel[(len(launch.programs),)](
+        table, launch.programs, lr_ptr,
+        _fp64(0.0 if lr_ptr is not None else float(lr)), _fp64(alpha), _fp64(eps), _fp64(weight_decay), _fp64(momentum),
+        maximize, weight_decay != 0, not no_grad_avg, not no_momentum_buffer,
+        **_types(launch, grad_dtype),
+    )  # fmt: skip
+
+
+def rprop_(
+    launch: Launch,
+    table: Tensor,
+    grad_dtype: torch.dtype,
+    *,
+    etaminus: float,
+    etaplus: float,
+    step_size_min: float,
+    step_size_max: float,
+    maximize: bool,
+) -> None:
+    rprop_kernel[(len(launch.programs),)](
+        table, launch.programs,
+        _fp64(etaminus), _fp64(etaplus), _fp64(step_size_min), _fp64(step_size_max),
+        maximize,
+        **_types(launch, grad_dtype),
+    )  # fmt: skip
+
+
+def _types(launch: Launch, grad_dtype: torch.dtype) -> dict[str, Any]:
+    param, state = launch.dtypes
+    return {
+        "PARAM": _TYPES[param],
+        "GRAD": _TYPES[grad_dtype],
+        "STATE": _TYPES[state],
+        "COMPUTE": tl.float64 if param == torch.float64 else tl.float32,
+        "BLOCK": BLOCK,
+        "num_warps": WARPS,
+        "enable_fp_fusion": False,  # rounded after every operation, as the eager rule is
+    }
+
+
+def _fp64(value: float) -> Any:
+    """A hyperparameter as the kernel takes it; the interpreter would round a Python float to fp32."""
+    if not INTERPRETED:
+        return value
+    import numpy as np
+    from triton.runtime.interpreter import TensorHandle
+
+    return tl.tensor(TensorHandle(np.array([value], dtype=np.float64), tl.float64), tl.float64)
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [t.data_ptr() for t in tensors]
+
+
+def _programs(numels: Sequence[int], device: torch.device) -> Tensor:
+    """For every program of the grid: index of its tensor << 32 | index of its block in the tensor."""
+    blocks = (torch.tensor(numels) + BLOCK - 1) // BLOCK
+    first = torch.cumsum(blocks, 0) - blocks
+    tensor = torch.repeat_interleave(torch.arange(len(numels)), blocks)
+    block = torch.arange(len(tensor)) - first[tensor]
+    return (tensor << 32 | block).to(device)
+
+
+def _buffers(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Host memory and its copy on the device. Neither is written again: a copy may be under way."""
+    if device.type == "cpu":
+        host = torch.empty(size, dtype=torch.int64)
+        return host, host
+    host = torch.empty(size, dtype=torch.int64, pin_memory=True)
+    return host, torch.empty(size, dtype=torch.int64, device=device)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.accelerator.device_index(device.index)
+
+
+def _stream(device: torch.device) -> int:
+    return 0 if device.type == "cpu" else torch.accelerator.current_stream(device).stream_id

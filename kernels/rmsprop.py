@@ -1,0 +1,102 @@
+"""RMSprop on the device. Read beside `rmsprop_` in `tritonopt/eager.py`."""
+
+import triton
+import triton.language as tl
+
+from tritonopt.kernels.arithmetic import div_rn, sqrt_rn
+
+
+@triton.jit
+def rmsprop_rule(
+    param, grad, square_avg, grad_avg, momentum_buffer,
+    lr, alpha, eps, weight_decay, momentum,
+    MAXIMIZE: tl.constexpr, DECAY: tl.constexpr, CENTERED: tl.constexpr, MOMENTUM: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = param.dtype
+    if MAXIMIZE:
+        grad = -grad
+    if DECAY:
+        grad = grad + tl.cast(weight_decay, dtype) * param
+    square_avg = square_avg * tl.cast(alpha, dtype) + tl.cast(1 - alpha, dtype) * grad * grad
+    if CENTERED:
+        grad_avg = grad_avg + tl.cast(1 - alpha, dtype) * (grad - grad_avg)
+        avg = sqrt_rn(square_avg - grad_avg * grad_avg)
+    else:
+        avg = sqrt_rn(square_avg)
+    avg = avg + tl.cast(eps, dtype)
+    if MOMENTUM:
+        momentum_buffer = momentum_buffer * tl.cast(momentum, dtype) + div_rn(grad, avg)
+        param = param - tl.cast(lr, dtype) * momentum_buffer
+    else:
+        param = param - div_rn(tl.cast(lr, dtype) * grad, avg)
+    return param, square_avg, grad_avg, momentum_buffer
+
+
+@triton.jit
+def rmsprop_block(
+    param_ptr, grad_ptr, square_avg_ptr, grad_avg_ptr, momentum_buffer_ptr, offs, mask,
+    lr, alpha, eps, weight_decay, momentum,
+    MAXIMIZE: tl.constexpr, DECAY: tl.constexpr, CENTERED: tl.constexpr, MOMENTUM: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):  # fmt: skip
+    param = tl.load(param_ptr + offs, mask).to(COMPUTE)
+    grad = tl.load(grad_ptr + offs, mask).to(COMPUTE)
+    square_avg = tl.load(square_avg_ptr + offs, mask).to(COMPUTE)
+    grad_avg = tl.load(grad_avg_ptr + offs, mask).to(COMPUTE) if CENTERED else None
+    momentum_buffer = tl.load(momentum_buffer_ptr + offs, mask).to(COMPUTE) if MOMENTUM else None
+
+    param, square_avg, grad_avg, momentum_buffer = rmsprop_rule(
+        param, grad, square_avg, grad_avg, momentum_buffer,
+        lr, alpha, eps, weight_decay, momentum, MAXIMIZE, DECAY, CENTERED, MOMENTUM,
+    )  # fmt: skip
+
+    tl.store(param_ptr + offs, param, mask)
+    tl.store(square_avg_ptr + offs, square_avg, mask)
+    if CENTERED:
+        tl.store(grad_avg_ptr + offs, grad_avg, mask)
+    if MOMENTUM:
+        tl.store(momentum_buffer_ptr + offs, momentum_buffer, mask)
+
+
+@triton.jit
+def rmsprop_kernel(
+    table_ptr, programs_ptr, lr_ptr,
+    lr: "fp64", alpha: "fp64", eps: "fp64", weight_decay: "fp64", momentum: "fp64",
+    MAXIMIZE: tl.constexpr, DECAY: tl.constexpr, CENTERED: tl.constexpr, MOMENTUM: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # A row of the table: numel, then addresses; 0 where there is no gradient, or no such state.
+    program = tl.load(programs_ptr + tl.program_id(0))
+    row_ptr = table_ptr + (program >> 32) * 6
+    start = (program & 0xFFFFFFFF) * BLOCK
+    offs = start + tl.arange(0, BLOCK)
+    numel = tl.load(row_ptr)
+    param, grad, square_avg = tl.load(row_ptr + 1), tl.load(row_ptr + 2), tl.load(row_ptr + 3)
+    grad_avg, momentum_buffer = tl.load(row_ptr + 4), tl.load(row_ptr + 5)
+    if lr_ptr is not None:
+        lr = tl.load(lr_ptr).to(tl.float64)
+
+    # A mask whose bound may not divide by 16 makes every access scalar, hence two paths; hints to the
+    # compiler hold only where they are written in the kernel itself.
+    aligned = (param | grad | square_avg | grad_avg | momentum_buffer) % 16 == 0
+    present = grad != 0
+    if present & aligned & (start + BLOCK <= numel):
+        rmsprop_block(
+            tl.multiple_of(param.to(tl.pointer_type(PARAM)), 16),
+            tl.multiple_of(grad.to(tl.pointer_type(GRAD)), 16),
+            tl.multiple_of(square_avg.to(tl.pointer_type(STATE)), 16),
+            tl.multiple_of(grad_avg.to(tl.pointer_type(STATE)), 16),
+            tl.multiple_of(momentum_buffer.to(tl.pointer_type(STATE)), 16),
+            offs, None, lr, alpha, eps, weight_decay, momentum,
+            MAXIMIZE, DECAY, CENTERED, MOMENTUM, COMPUTE,
+        )  # fmt: skip
+    elif present:
+        rmsprop_block(
+            param.to(tl.pointer_type(PARAM)),
+            grad.to(tl.pointer_type(GRAD)),
+            square_avg.to(tl.pointer_type(STATE)),
+            grad_avg.to(tl.pointer_type(STATE)),
+            momentum_buffer.to(tl.pointer_type(STATE)),
+            offs, offs < numel, lr, alpha, eps, weight_decay, momentum,
+            MAXIMIZE, DECAY, CENTERED, MOMENTUM, COMPUTE,
+        )  # fmt: skip

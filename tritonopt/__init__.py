@@ -1,0 +1,7 @@
+"""RMSprop and Rprop for PyTorch: one Triton kernel per step, the same training to the last bit."""
+
+from tritonopt.rmsprop import RMSprop
+from tritonopt.rprop import Rprop
+
+__all__ = ["RMSprop", "Rprop"]
+__version__ = "0.1.0"

@@ -1,0 +1,35 @@
+"""What torch and triton say of a device."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+"""Triton's interpreter was asked for before import: tensors on the CPU go through the kernels."""
+
+
+@cache
+def path(device: torch.device) -> tuple[str | None, str]:
+    """Which path updates tensors of a device: "kernel", "eager" or None, and its name or why none."""
+    if device.type == "cpu":
+        return ("kernel", "triton, interpreted") if INTERPRET else ("eager", "eager")
+    from torch._dynamo.device_interface import get_interface_for_device
+    from torch.utils._triton import has_triton_package
+
+    try:
+        if not has_triton_package():
+            return None, "triton is not installed"
+        if not get_interface_for_device(device.type).is_triton_capable(device):
+            return None, f"triton does not support {device}"
+    except (NotImplementedError, RuntimeError):
+        return None, f"triton does not support {device.type}"
+    return "kernel", "triton"
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the device's current stream records a graph."""
+    query = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    return bool(query and query())

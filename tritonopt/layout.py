@@ -1,0 +1,266 @@
+"""Where the tensors of one param group lie and which path updates them: verified at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonopt import slab
+from tritonopt.device import path
+from tritonopt.sweep import Sweep
+
+HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Rule(NamedTuple):
+    """What tells one optimizer from the other."""
+
+    title: str  # the optimizer's name in torch's error texts
+    name: str  # of the eager rule, of the launcher and of the op
+    eager: Callable[..., None]
+    keys: tuple[str, ...]  # of the state a group needs, besides "step"
+    all_keys: tuple[str, ...]  # in the order in which the rule takes them
+
+
+class Stale(Exception):
+    """A gradient does not fit the layout: it must be made again."""
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor is nothing but memory: an address, a shape and strides."""
+    return (
+        type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and tensor.layout is torch.strided
+        and not torch.nn.parameter.is_lazy(tensor)
+    )
+
+
+def same_layout(left: Tensor, right: Tensor) -> bool:
+    """Whether equal offsets in memory mean equal elements; the stride of a dimension of size 1 does not."""
+    return left.size() == right.size() and all(
+        size == 1 or a == b
+        for size, a, b in zip(left.size(), left.stride(), right.stride(), strict=True)
+    )
+
+
+def why_not_native(param: Tensor) -> str | None:
+    """Why a parameter is left to torch whatever its state and gradient are; None if it is not."""
+    if not is_plain(param):
+        return f"is a {type(param).__name__}" if type(param) is not Tensor else f"is {param.layout}"
+    if param.dtype not in (*HALF_OR_SINGLE, torch.float64):
+        return f"is {param.dtype}".replace("torch.", "")
+    if not slab.is_dense(param):
+        return "is not dense"
+    kind, name = path(param.device)
+    return None if kind else name
+
+
+def why_not_together(param: Tensor, grad: Tensor | None, states: Sequence[Tensor]) -> str | None:
+    """Why a parameter that has state is left to torch; None if a launch can take it."""
+    for tensor in states:
+        if not isinstance(tensor, Tensor) or not is_plain(tensor):
+            return "has state that is not a plain tensor"
+        if tensor.device != param.device:
+            return f"has state on {tensor.device}"
+        if not same_layout(tensor, param) or not slab.is_dense(tensor):
+            return "has state of another shape or memory layout"
+    if grad is not None and grad.layout is torch.strided:
+        if not is_plain(grad):
+            return f"has a {type(grad).__name__} gradient"
+        if grad.device != param.device or grad.size() != param.size():
+            return "has a gradient of another device or shape"
+    dtypes = {t.dtype for t in (param, *states, *([] if grad is None else [grad]))}
+    if len({s.dtype for s in states}) > 1 or not (len(dtypes) == 1 or dtypes <= {*HALF_OR_SINGLE}):
+        return "mixes dtypes: " + ", ".join(sorted(str(d).replace("torch.", "") for d in dtypes))
+    return None
+
+
+class Bucket:
+    """Parameters of one group, device and dtype, updated by one launch or one sweep."""
+
+    def __init__(self, rule: Rule, params: list[Tensor], states: list[dict[str, Any]]) -> None:
+        self.rule = rule
+        self.params = params
+        self.states = states
+        self.device = params[0].device
+        self.dtype = params[0].dtype
+        self.strides = list(map(Tensor.stride, params))
+        self.keys = ("step", *rule.keys)
+        self.columns = {key: [state[key] for state in states] for key in self.keys}
+        self.addresses = self._addresses()
+        self.grad_dtype = next((p.grad.dtype for p in params if p.grad is not None), self.dtype)
+        self._grad_strides = self.strides
+        self._steps, self._lone_steps = slab.spans([self.columns["step"]], len(params), 1)
+
+        columns = [self.columns.get(key) for key in rule.all_keys]
+        self.update: Callable[..., None]
+        if path(self.device)[0] == "eager":
+            self.update = Sweep(rule.eager, params, columns)
+        else:
+            from tritonopt.kernels import launch
+
+            self.update = launch.Launch(getattr(launch, rule.name), params, columns)
+
+    def _addresses(self) -> list[list[int]]:
+        tensors = [self.params, *self.columns.values()]
+        return [list(map(Tensor.data_ptr, column)) for column in tensors]
+
+    def holds(self) -> bool:
+        """Whether every parameter and state tensor still lies where it lay."""
+        try:
+            same = all(
+                all(map(is_, (state[key] for state in self.states), column))
+                for key, column in self.columns.items()
+            )
+        except KeyError:
+            return False
+        return (
+            same
+            and list(map(Tensor.stride, self.params)) == self.strides
+            and self._addresses() == self.addresses
+        )
+
+    def gradients(self) -> list[Tensor | None] | None:
+        """The gradients as the update needs them; None if there are none."""
+        grads = [p.grad for p in self.params]
+        given = [grad for grad in grads if grad is not None]
+        if not given:
+            return None
+        complete = len(given) == len(grads)
+        try:
+            if (
+                complete
+                and set(map(type, given)) == {Tensor}
+                and [grad.dtype for grad in given].count(self.grad_dtype) == len(given)
+                and list(map(Tensor.stride, given)) == self._grad_strides
+                and not any(map(Tensor.is_neg, given))
+            ):
+                return grads
+        except RuntimeError:  # a sparse gradient has no strides
+            pass
+        return self._fitted(grads, complete)
+
+    def _fitted(self, grads: list[Tensor | None], complete: bool) -> list[Tensor | None]:
+        fitted: list[Tensor | None] = []
+        for param, grad in zip(self.params, grads, strict=True):
+            if grad is not None:
+                if grad.layout is not torch.strided:
+                    kind = "sparse gradients" if grad.is_sparse else f"{grad.layout} gradients"
+                    raise RuntimeError(f"{self.rule.title} does not support {kind}")
+                if not is_plain(grad) or grad.dtype != self.grad_dtype or grad.device != self.device:
+                    raise Stale
+                if not same_layout(grad, param) or grad.is_neg():
+                    grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+            fitted.append(grad)
+        if complete and all(map(is_, fitted, grads)):
+            self._grad_strides = list(map(Tensor.stride, grads))  # differ only in dimensions of size 1
+        return fitted
+
+    def count(self, grads: list[Tensor | None]) -> None:
+        """Adds 1 to the step of every parameter that has a gradient."""
+        for span in self._steps:
+            flat = span.flats[0]
+            assert flat is not None
+            for part in slab.present(span, grads):
+                flat[part] += 1
+        for index in self._lone_steps:
+            if grads[index] is not None:
+                self.states[index]["step"] += 1
+
+    def step(self, grads: list[Tensor | None], hyper: dict[str, Any]) -> None:
+        self.count(grads)
+        self.update(grads, **hyper)
+        changed = [p for p, g in zip(self.params, grads, strict=True) if g is not None]
+        torch.autograd.graph.increment_version(changed)  # or a later backward would use them unawares
+
+    @property
+    def bytes_per_element(self) -> int:
+        """Read parameter, gradient and state, write parameter and state."""
+        states = [column[0].itemsize for key, column in self.columns.items() if key != "step"]
+        return 2 * self.dtype.itemsize + self.grad_dtype.itemsize + 2 * sum(states)
+
+
+class Layout:
+    """One param group as it lay when it was last looked at."""
+
+    def __init__(
+        self,
+        rule: Rule,
+        group: dict[str, Any],
+        state: dict[Tensor, Any],
+        flags: tuple[Any, ...],
+        why_torch: str | None,
+    ) -> None:
+        self.params: list[Tensor] = list(group["params"])
+        self.flags = flags
+        self.states = [state.get(p) for p in self.params]
+        self.stateless = [p for p, s in zip(self.params, self.states, strict=True) if not s]
+        self.fallback: list[tuple[Tensor, str]] = []
+        self.steps = 0  # taken since
+
+        members: dict[tuple[Any, ...], list[int]] = {}
+        shared = _overlapping(self.params)
+        for index, (param, entry) in enumerate(zip(self.params, self.states, strict=True)):
+            if not entry and not why_torch and param.grad is None:
+                continue  # looked at when its first gradient comes: it may be lazy or moved until then
+            why = why_torch or why_not_native(param)
+            if why is None and index in shared:
+                why = "overlaps another parameter"
+            if why is None:
+                assert entry is not None
+                tensors = [entry[key] for key in rule.keys]
+                why = why_not_together(param, param.grad, tensors)
+            if why is not None:
+                self.fallback.append((param, why))
+                continue
+            grad_dtype = param.dtype if param.grad is None else param.grad.dtype
+            key = (param.device, param.dtype, grad_dtype, tensors[0].dtype)
+            members.setdefault(key, []).append(index)
+        self.buckets = [
+            Bucket(rule, [self.params[i] for i in some], [self.states[i] or {} for i in some])
+            for some in members.values()
+        ]
+
+        self.slabs = self._slabs()
+
+    def holds(self, group: dict[str, Any], state: dict[Tensor, Any], flags: tuple[Any, ...]) -> bool:
+        """Whether nothing has been moved, replaced, added or removed, and no option changed."""
+        params = group["params"]
+        return (
+            flags == self.flags
+            and len(params) == len(self.params)
+            and all(map(is_, params, self.params))
+            and all(map(is_, map(state.get, params), self.states))
+            and all(bucket.holds() for bucket in self.buckets)
+        )
+
+    def _slabs(self) -> set[slab.Slab]:
+        """The slabs in use, which live as long as a layout holds them."""
+        tensors = [p for p in self.params if is_plain(p)]
+        for bucket in self.buckets:
+            for column in bucket.columns.values():
+                tensors += column
+        return {home for home in map(slab.find, tensors) if home is not None}
+
+
+def _overlapping(params: Sequence[Tensor]) -> set[int]:
+    """Indices of parameters that share memory: one launch would update it twice at the same time."""
+    ranges = []
+    for index, param in enumerate(params):
+        if is_plain(param) and param.numel() and param.device.type != "meta":
+            last = sum((n - 1) * s for n, s in zip(param.size(), param.stride(), strict=True))
+            start = param.data_ptr()
+            ranges.append((start, start + (last + 1) * param.itemsize, index))
+    ranges.sort()
+    found: set[int] = set()
+    end, owner = 0, -1
+    for start, stop, index in ranges:
+        if start < end:
+            found |= {index, owner}
+        if stop > end:
+            end, owner = stop, index
+    return found

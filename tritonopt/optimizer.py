@@ -1,0 +1,295 @@
+"""The step that all optimizers share: param groups to slabs, one update per slab's worth of tensors."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from tritonopt import slab
+from tritonopt.device import is_capturing, path
+from tritonopt.layout import Layout, Rule, Stale, is_plain, same_layout, why_not_native
+
+
+class SlabOptimizer(torch.optim.Optimizer):
+    """Mixed in before one of torch's optimizers, which brings validation, texts and old checkpoints."""
+
+    _layouts: dict[int, Layout]  # by position in param_groups; a cache, verified at every step
+
+    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(params, *args, **kwargs)
+        self._layouts = {}
+        for index in range(len(self.param_groups)):
+            self._begin(index)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if "_layouts" in self.__dict__:  # not while the constructor adds the first groups
+            self._begin(len(self.param_groups) - 1)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_layouts", {})
+
+    # What a subclass says of its rule.
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        raise NotImplementedError
+
+    def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The rule's keyword arguments."""
+        raise NotImplementedError
+
+    def _torch_update(self, group: dict[str, Any]) -> None:
+        """One step of the group by torch's functional implementation."""
+        raise NotImplementedError
+
+    def _initial(self, key: str, group: dict[str, Any]) -> float:
+        """The value with which a state tensor begins."""
+        return 0.0
+
+    def _before_update(self, group: dict[str, Any], layout: Layout) -> None:
+        """Called before each update of a group."""
+
+    def _why_torch(self, group: dict[str, Any]) -> str | None:
+        """Why a group is left to torch as a whole; None if it is not."""
+        if group["differentiable"]:
+            return "differentiable=True"
+        if group["foreach"] is not None:
+            return f"foreach={group['foreach']}"
+        return None
+
+    # The step.
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Performs one optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss. It runs with gradients enabled; the
+                step uses what it leaves in `.grad`.
+
+        Returns:
+            What the closure returned; None without one.
+
+        Raises:
+            RuntimeError: a gradient is sparse. No parameter and no state has been changed then.
+        """
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            work = [self._examine(index) for index in range(len(self.param_groups))]
+            for group, (layout, gradients) in zip(self.param_groups, work, strict=True):
+                self._update(group, layout, gradients)
+        return loss
+
+    def _examine(self, index: int) -> tuple[Layout, list[list[Tensor | None] | None]]:
+        """The group's layout as it is now, and the gradients of each of its buckets."""
+        layout = self._current(index)
+        for param, _ in layout.fallback:
+            if param.grad is not None and param.grad.is_sparse:
+                title = self._rule(self.param_groups[index]).title
+                raise RuntimeError(f"{title} does not support sparse gradients")
+        try:
+            return layout, [bucket.gradients() for bucket in layout.buckets]
+        except Stale:
+            layout = self._look(index)
+            return layout, [bucket.gradients() for bucket in layout.buckets]
+
+    def _update(
+        self, group: dict[str, Any], layout: Layout, gradients: list[list[Tensor | None] | None]
+    ) -> None:
+        self._before_update(group, layout)
+        if layout.fallback:
+            params = [param for param, _ in layout.fallback]
+            foreach = group["foreach"] or False  # one after the other, as overlapping tensors need
+            self._torch_update({**group, "params": params, "foreach": foreach})
+        for bucket, grads in zip(layout.buckets, gradients, strict=True):
+            if grads is not None:
+                with torch.no_grad():
+                    bucket.step(grads, self._hyper(group))
+
+    # The layout.
+
+    def _current(self, index: int) -> Layout:
+        """The group's layout, made again where it no longer holds."""
+        group = self.param_groups[index]
+        layout = self._layouts.get(index)
+        holds = layout is not None and layout.holds(group, self.state, self._flags(group))
+        if not holds or any(p.grad is not None for p in layout.stateless):  # type: ignore[union-attr]
+            self._make_state(group, [p for p in group["params"] if p.grad is not None])
+            return self._look(index)
+        assert layout is not None
+        layout.steps += 1
+        # What lies outside a slab is packed once it has stayed in place for a step: some users move
+        # parameters or state before every step.
+        if layout.steps == 1 and self._pack_moved(group, layout):
+            return self._look(index)
+        return layout
+
+    def _flags(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        return self._rule(group), self._why_torch(group), group["capturable"]
+
+    def _look(self, index: int) -> Layout:
+        group = self.param_groups[index]
+        layout = Layout(self._rule(group), group, self.state, self._flags(group), self._why_torch(group))
+        self._layouts[index] = layout
+        return layout
+
+    def _begin(self, index: int) -> None:
+        """Packs a new group and makes its state, so that a checkpoint before the first step has it."""
+        group = self.param_groups[index]
+        params = list(dict.fromkeys(p for p in group["params"] if p.requires_grad))
+        slabs = [] if self._why_torch(group) else _pack(params)
+        slabs += self._make_state(group, params)
+        self._look(index)  # holds the slabs from now on
+
+    def _make_state(self, group: dict[str, Any], params: Iterable[Tensor]) -> list[slab.Slab]:
+        """State for the parameters that have none yet, unless they are left to torch."""
+        rule = self._rule(group)
+        new = [p for p in params if not self.state.get(p) and why_not_native(p) is None]
+        if self._why_torch(group):
+            return []
+        slabs = []
+        scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        for batch in _by_slab(new):
+            device, dtype = batch[0].device, batch[0].dtype
+            home = device if group["capturable"] else torch.device("cpu")
+            steps, memory = slab.allocate([_SCALAR] * len(batch), scalar, home, alignment=1)
+            columns = {"step": steps}
+            slabs.append(memory)
+            for key in rule.keys:
+                columns[key], memory = slab.allocate(batch, dtype, device)
+                memory.memory.fill_(self._initial(key, group))
+                slabs.append(memory)
+            for number, param in enumerate(batch):
+                self.state[param] = {key: column[number] for key, column in columns.items()}
+        return slabs
+
+    @torch.no_grad()
+    def _pack_moved(self, group: dict[str, Any], layout: Layout) -> list[slab.Slab]:
+        """Packs what has left the slabs. On an accelerator parameters stay: a graph may know their address."""
+        native = [p for p in layout.params if self.state.get(p) and why_not_native(p) is None]
+        if self._why_torch(group) or any(is_capturing(p.device) for p in native[:1]):
+            return []
+        slabs = _pack([p for p in native if p.device.type == "cpu"])
+        if any(p.device.type != "cpu" for p in native) and group["capturable"]:
+            return slabs
+        for key in ("step", *self._rule(group).keys):
+            moved = [p for p in native if _has_moved(self.state[p][key], p, key)]
+            for batch in _by_slab(moved, lambda p, key=key: self.state[p][key]):
+                old = [self.state[p][key] for p in batch]
+                like, alignment = (old, 1) if key == "step" else (batch, slab.ALIGNMENT)
+                new, memory = slab.allocate(like, old[0].dtype, old[0].device, alignment)
+                torch._foreach_copy_(new, old)
+                slabs.append(memory)
+                for param, tensor in zip(batch, new, strict=True):
+                    self.state[param][key] = tensor
+        return slabs
+
+    def describe(self) -> str:
+        """A table of what updates which parameters: one line per bucket, then why any is not packed.
+
+        A bucket is what one launch (or one sweep on a CPU) updates: the parameters of one group,
+        device and dtype. *packed* parameters lie in a slab, *in place* ones take part in the same
+        launch from where they are, *torch* ones are left to torch's functional implementation. The
+        bytes are the least a step can move: parameter, gradient and state read, parameter and state
+        written.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 4)
+            >>> print(tritonopt.RMSprop(model.parameters()).describe())
+            group  device  dtype    path   packed  in place  torch  elements  bytes/step
+                0  cpu     float32  eager       2         0      0        20         400
+        """
+        rows = [("group", "device", "dtype", "path", "packed", "in place", "torch", "elements", "bytes/step")]
+        notes: list[str] = []
+        for index, group in enumerate(self.param_groups):
+            layout = self._layouts.get(index)
+            if layout is None or not layout.holds(group, self.state, self._flags(group)):
+                layout = self._look(index)
+            for bucket in layout.buckets:
+                loose = [p for p in bucket.params if slab.find(p) is None]
+                numel = sum(p.numel() for p in bucket.params)
+                rows.append((
+                    str(index), str(bucket.device), _name(bucket.dtype), path(bucket.device)[1],
+                    str(len(bucket.params) - len(loose)), str(len(loose)), "0",
+                    f"{numel:,}", f"{numel * bucket.bytes_per_element:,}",
+                ))  # fmt: skip
+                reasons = Counter(slab.why_not_packed(p) or "was moved after the last step" for p in loose)
+                notes += [f"group {index}: {n} in place: {why}" for why, n in reasons.items()]
+            kinds: dict[tuple[str, str], list[Tensor]] = {}
+            for param, _ in layout.fallback:
+                kinds.setdefault((str(param.device), _name(param.dtype)), []).append(param)
+            for (device, dtype), params in kinds.items():
+                numel = sum(0 if is_lazy(p) else p.numel() for p in params)
+                rows.append((str(index), device, dtype, "torch", "0", "0", str(len(params)), f"{numel:,}", "-"))
+            reasons = Counter(why for _, why in layout.fallback)
+            notes += [f"group {index}: {n} left to torch: {why}" for why, n in reasons.items()]
+            waiting = sum(p.grad is None for p in layout.stateless) if not self._why_torch(group) else 0
+            if waiting:
+                notes.append(f"group {index}: {waiting} without state until their first gradient")
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if number in (0, 4, 5, 6, 7, 8) else cell.ljust(width)
+                for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        return "\n".join(lines + notes)
+
+
+_SCALAR = torch.empty((), device="meta")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _by_slab(
+    params: Iterable[Tensor], tensor: Callable[[Tensor], Tensor] = lambda param: param
+) -> Iterator[Sequence[Tensor]]:
+    """The parameters in batches of one device and dtype, each of which fits a slab."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for param in params:
+        kinds.setdefault((tensor(param).device, tensor(param).dtype), []).append(param)
+    for (_, dtype), members in kinds.items():
+        yield from slab.batches(members, dtype)
+
+
+@torch.no_grad()
+def _pack(params: Iterable[Tensor]) -> list[slab.Slab]:
+    """Moves the parameters that may be moved into slabs."""
+    movable = [
+        p
+        for p in params
+        if why_not_native(p) is None and slab.why_not_packed(p) is None and slab.find(p) is None
+    ]
+    slabs = []
+    for batch in _by_slab(movable):
+        try:
+            pieces, memory = slab.allocate(batch, batch[0].dtype, batch[0].device)
+        except torch.OutOfMemoryError:
+            break
+        torch._foreach_copy_(pieces, list(batch))
+        for param, piece in zip(batch, pieces, strict=True):
+            param.data = piece
+        slabs.append(memory)
+    return slabs
+
+
+def _has_moved(tensor: Tensor, param: Tensor, key: str) -> bool:
+    """Whether a state tensor could lie in a slab, in its parameter's memory layout, and does not."""
+    if tensor.numel() == 0 or not is_plain(tensor) or (tensor.is_cpu and tensor.is_shared()):
+        return False
+    if key == "step":
+        return slab.find(tensor) is None
+    fits = tensor.device == param.device and tensor.size() == param.size()
+    return fits and (slab.find(tensor) is None or not same_layout(tensor, param))

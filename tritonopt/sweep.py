@@ -1,0 +1,92 @@
+"""Applies an eager rule to many tensors in pieces that stay in the CPU's cache.
+
+Eager operators over a long tensor run from memory, one pass each. Over pieces of 2^18 elements they run
+from cache, 5 times as fast. Small tensors that lie side by side in slabs are one piece: only their
+gradients, which autograd scatters, are gathered first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonopt import slab
+
+PIECE = 2**18
+"""Elements. 2^17 to 2^19 measured alike (2 cores, 1 MiB of L2 each); 2^14 has too little work per operator."""
+
+
+class Sweep:
+    """The update of `params` and their state, which must stay where they are as long as it is used.
+
+    `columns` has one list of tensors per state the rule knows, in its order; None where it is not used.
+    """
+
+    def __init__(
+        self,
+        rule: Callable[..., None],
+        params: Sequence[Tensor],
+        columns: Sequence[Sequence[Tensor] | None],
+    ) -> None:
+        self.rule = rule
+        self.columns = [params, *columns]
+        self.dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
+        self.spans, self.alone = slab.spans(self.columns, PIECE)
+        longest = max(
+            [0]
+            + [span.offsets[-1] for span in self.spans]
+            + [min(params[index].numel(), PIECE) for index in self.alone]
+        )
+        casts = [c is not None and c[0].dtype != self.dtype for c in self.columns]
+        self._casts = [torch.empty(longest, dtype=self.dtype) if c else None for c in casts]
+        self._scratch = torch.empty(2, longest, dtype=self.dtype)
+        self._grad = torch.zeros(longest, dtype=self.dtype)
+        self._grads = [
+            [
+                self._grad.as_strided(params[index].size(), params[index].stride(), offset)
+                for index, offset in enumerate(span.offsets[:-1], span.first)
+            ]
+            for span in self.spans
+        ]
+
+    def __call__(self, grads: Sequence[Tensor | None], **hyper: Any) -> None:
+        """Updates every tensor that has a gradient. A gradient has its parameter's strides."""
+        for span, views in zip(self.spans, self._grads, strict=True):
+            for part in slab.present(span, grads):
+                source = grads[span.first + part.start : span.first + part.stop]
+                torch._foreach_copy_(views[part], source)
+                where = slice(span.offsets[part.start], span.offsets[part.stop])
+                flats = [None if flat is None else flat[where] for flat in span.flats]
+                self._update(flats, self._grad[where], hyper)
+        for index in self.alone:
+            grad = grads[index]
+            if grad is not None:
+                pieces = [
+                    None if column is None else _flat(column[index]).split(PIECE)
+                    for column in self.columns
+                ]
+                for number, piece in enumerate(_flat(grad).split(PIECE)):
+                    self._update([p and p[number] for p in pieces], piece, hyper)
+
+    def _update(self, flats: list[Tensor | None], grad: Tensor, hyper: dict[str, Any]) -> None:
+        """One piece; half precision is computed in fp32 and rounded once."""
+        numel = grad.numel()
+        if grad.dtype != self.dtype:
+            grad = self._grad[:numel].copy_(grad)
+        work = [
+            flat if flat is None or cast is None else cast[:numel].copy_(flat)
+            for flat, cast in zip(flats, self._casts, strict=True)
+        ]
+        scratch = self._scratch[0][:numel], self._scratch[1][:numel]
+        self.rule(work[0], grad, *work[1:], scratch, **hyper)
+        for flat, computed in zip(flats, work, strict=True):
+            if flat is not None and computed is not None and computed is not flat:
+                flat.copy_(computed)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order in which they lie in memory."""
+    return tensor.as_strided((tensor.numel(),), (1,))
