@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import is_
+from itertools import repeat
+from operator import is_, is_not
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 
 from tritonopt import slab
 from tritonopt.device import path
@@ -93,7 +95,7 @@ class Bucket:
         self.columns = {key: [state[key] for state in states] for key in self.keys}
         self.addresses = self._addresses()
         self.grad_dtype = next((p.grad.dtype for p in params if p.grad is not None), self.dtype)
-        self._grad_strides = self.strides
+        self._expected: TensorGuards | None = None  # of gradients that need no look, one by one
         self._steps, self._lone_steps = slab.spans([self.columns["step"]], len(params), 1)
 
         columns = [self.columns.get(key) for key in rule.all_keys]
@@ -112,39 +114,26 @@ class Bucket:
     def holds(self) -> bool:
         """Whether every parameter and state tensor still lies where it lay."""
         try:
-            same = all(
-                all(map(is_, (state[key] for state in self.states), column))
-                for key, column in self.columns.items()
-            )
+            for key, column in self.columns.items():
+                if not all(map(is_, [state[key] for state in self.states], column)):
+                    return False
         except KeyError:
             return False
         return (
-            same
-            and list(map(Tensor.stride, self.params)) == self.strides
+            list(map(Tensor.stride, self.params)) == self.strides
             and self._addresses() == self.addresses
         )
 
     def gradients(self) -> list[Tensor | None] | None:
         """The gradients as the update needs them; None if there are none."""
         grads = [p.grad for p in self.params]
-        given = [grad for grad in grads if grad is not None]
-        if not given:
+        if self._expected is not None and self._expected.check(*grads):
+            return grads
+        if not any(map(is_not, grads, repeat(None))):
             return None
-        complete = len(given) == len(grads)
-        try:
-            if (
-                complete
-                and set(map(type, given)) == {Tensor}
-                and [grad.dtype for grad in given].count(self.grad_dtype) == len(given)
-                and list(map(Tensor.stride, given)) == self._grad_strides
-                and not any(map(Tensor.is_neg, given))
-            ):
-                return grads
-        except RuntimeError:  # a sparse gradient has no strides
-            pass
-        return self._fitted(grads, complete)
+        return self._fitted(grads)
 
-    def _fitted(self, grads: list[Tensor | None], complete: bool) -> list[Tensor | None]:
+    def _fitted(self, grads: list[Tensor | None]) -> list[Tensor | None]:
         fitted: list[Tensor | None] = []
         for param, grad in zip(self.params, grads, strict=True):
             if grad is not None:
@@ -156,8 +145,8 @@ class Bucket:
                 if not same_layout(grad, param) or grad.is_neg():
                     grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
             fitted.append(grad)
-        if complete and all(map(is_, fitted, grads)):
-            self._grad_strides = list(map(Tensor.stride, grads))  # differ only in dimensions of size 1
+        if all(map(is_, fitted, grads)) and type(None) not in map(type, fitted):
+            self._expected = _guards(fitted)
         return fitted
 
     def count(self, grads: list[Tensor | None]) -> None:
@@ -182,6 +171,19 @@ class Bucket:
         """Read parameter, gradient and state, write parameter and state."""
         states = [column[0].itemsize for key, column in self.columns.items() if key != "step"]
         return 2 * self.dtype.itemsize + self.grad_dtype.itemsize + 2 * sum(states)
+
+
+def _guards(grads: Sequence[Tensor | None]) -> TensorGuards:
+    """Checks type, dtype, device, sizes, strides and lazy negation of a list at 40 ns per tensor.
+
+    Dynamo's own, because attribute by attribute it costs 4 times that. It says no too often (it looks at
+    autocast and grad mode too), never yes wrongly; then every gradient is looked at in turn.
+    """
+    return TensorGuards(
+        *grads,
+        dynamic_dims_sizes=[list(g.size()) for g in grads if g is not None],
+        dynamic_dims_strides=[list(g.stride()) for g in grads if g is not None],
+    )
 
 
 class Layout:

@@ -11,7 +11,8 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, repeat
+from operator import is_not
 from typing import NamedTuple
 
 import torch
@@ -163,12 +164,14 @@ def spans(
 
 def present(span: Span, grads: Sequence[Tensor | None]) -> Iterator[slice]:
     """The stretches of a span, counted from its first tensor, in which every tensor has a gradient."""
-    first = span.first
-    members = range(first, first + len(span))
-    for has_grad, stretch in groupby(members, lambda index: grads[index] is not None):
+    given = list(map(is_not, grads[span.first : span.first + len(span)], repeat(None)))
+    if all(given):
+        yield slice(0, len(span))
+        return
+    for has_grad, stretch in groupby(range(len(span)), given.__getitem__):
         if has_grad:
-            indices = list(stretch)
-            yield slice(indices[0] - first, indices[-1] + 1 - first)
+            members = list(stretch)
+            yield slice(members[0], members[-1] + 1)
 
 
 def is_dense(tensor: Tensor) -> bool:

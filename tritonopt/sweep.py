@@ -52,13 +52,22 @@ class Sweep:
             for span in self.spans
         ]
 
+        # Vectors without padding between them can be concatenated, in less than half the time of copies.
+        self._gapless = [
+            all(v.dim() == 1 for v in views) and sum(map(Tensor.numel, views)) == span.offsets[-1]
+            for span, views in zip(self.spans, self._grads, strict=True)
+        ]
+
     def __call__(self, grads: Sequence[Tensor | None], **hyper: Any) -> None:
         """Updates every tensor that has a gradient. A gradient has its parameter's strides."""
-        for span, views in zip(self.spans, self._grads, strict=True):
+        for span, views, gapless in zip(self.spans, self._grads, self._gapless, strict=True):
             for part in slab.present(span, grads):
                 source = grads[span.first + part.start : span.first + part.stop]
-                torch._foreach_copy_(views[part], source)
                 where = slice(span.offsets[part.start], span.offsets[part.stop])
+                if gapless:
+                    torch.cat(source, out=self._grad[where])
+                else:
+                    torch._foreach_copy_(views[part], source)
                 flats = [None if flat is None else flat[where] for flat in span.flats]
                 self._update(flats, self._grad[where], hyper)
         for index in self.alone:
