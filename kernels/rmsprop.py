@@ -69,7 +69,7 @@ def rmsprop_kernel(
     program = tl.load(programs_ptr + tl.program_id(0))
     row_ptr = table_ptr + (program >> 32) * 6
     start = (program & 0xFFFFFFFF) * BLOCK
-    offs = start + tl.arange(0, BLOCK)
+    offs = tl.arange(0, BLOCK)
     numel = tl.load(row_ptr)
     param, grad, square_avg = tl.load(row_ptr + 1), tl.load(row_ptr + 2), tl.load(row_ptr + 3)
     grad_avg, momentum_buffer = tl.load(row_ptr + 4), tl.load(row_ptr + 5)
@@ -80,23 +80,24 @@ def rmsprop_kernel(
     # compiler hold only where they are written in the kernel itself.
     aligned = (param | grad | square_avg | grad_avg | momentum_buffer) % 16 == 0
     present = grad != 0
-    if present & aligned & (start + BLOCK <= numel):
+    left = numel - start
+    if present & aligned & (left >= BLOCK):
         rmsprop_block(
-            tl.multiple_of(param.to(tl.pointer_type(PARAM)), 16),
-            tl.multiple_of(grad.to(tl.pointer_type(GRAD)), 16),
-            tl.multiple_of(square_avg.to(tl.pointer_type(STATE)), 16),
-            tl.multiple_of(grad_avg.to(tl.pointer_type(STATE)), 16),
-            tl.multiple_of(momentum_buffer.to(tl.pointer_type(STATE)), 16),
+            tl.multiple_of(param.to(tl.pointer_type(PARAM)), 16) + start,
+            tl.multiple_of(grad.to(tl.pointer_type(GRAD)), 16) + start,
+            tl.multiple_of(square_avg.to(tl.pointer_type(STATE)), 16) + start,
+            tl.multiple_of(grad_avg.to(tl.pointer_type(STATE)), 16) + start,
+            tl.multiple_of(momentum_buffer.to(tl.pointer_type(STATE)), 16) + start,
             offs, None, lr, alpha, eps, weight_decay, momentum,
             MAXIMIZE, DECAY, CENTERED, MOMENTUM, COMPUTE,
         )  # fmt: skip
     elif present:
         rmsprop_block(
-            param.to(tl.pointer_type(PARAM)),
-            grad.to(tl.pointer_type(GRAD)),
-            square_avg.to(tl.pointer_type(STATE)),
-            grad_avg.to(tl.pointer_type(STATE)),
-            momentum_buffer.to(tl.pointer_type(STATE)),
-            offs, offs < numel, lr, alpha, eps, weight_decay, momentum,
+            param.to(tl.pointer_type(PARAM)) + start,
+            grad.to(tl.pointer_type(GRAD)) + start,
+            square_avg.to(tl.pointer_type(STATE)) + start,
+            grad_avg.to(tl.pointer_type(STATE)) + start,
+            momentum_buffer.to(tl.pointer_type(STATE)) + start,
+            offs, offs < tl.minimum(left, BLOCK).to(tl.int32), lr, alpha, eps, weight_decay, momentum,
             MAXIMIZE, DECAY, CENTERED, MOMENTUM, COMPUTE,
         )  # fmt: skip

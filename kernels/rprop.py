@@ -55,7 +55,7 @@ def rprop_kernel(
     program = tl.load(programs_ptr + tl.program_id(0))
     row_ptr = table_ptr + (program >> 32) * 5
     start = (program & 0xFFFFFFFF) * BLOCK
-    offs = start + tl.arange(0, BLOCK)
+    offs = tl.arange(0, BLOCK)
     numel, param, grad = tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2)
     prev, step_size = tl.load(row_ptr + 3), tl.load(row_ptr + 4)
 
@@ -63,19 +63,20 @@ def rprop_kernel(
     # compiler hold only where they are written in the kernel itself.
     aligned = (param | grad | prev | step_size) % 16 == 0
     present = grad != 0
-    if present & aligned & (start + BLOCK <= numel):
+    left = numel - start
+    if present & aligned & (left >= BLOCK):
         rprop_block(
-            tl.multiple_of(param.to(tl.pointer_type(PARAM)), 16),
-            tl.multiple_of(grad.to(tl.pointer_type(GRAD)), 16),
-            tl.multiple_of(prev.to(tl.pointer_type(STATE)), 16),
-            tl.multiple_of(step_size.to(tl.pointer_type(STATE)), 16),
+            tl.multiple_of(param.to(tl.pointer_type(PARAM)), 16) + start,
+            tl.multiple_of(grad.to(tl.pointer_type(GRAD)), 16) + start,
+            tl.multiple_of(prev.to(tl.pointer_type(STATE)), 16) + start,
+            tl.multiple_of(step_size.to(tl.pointer_type(STATE)), 16) + start,
             offs, None, etaminus, etaplus, step_size_min, step_size_max, MAXIMIZE, COMPUTE,
         )  # fmt: skip
     elif present:
         rprop_block(
-            param.to(tl.pointer_type(PARAM)),
-            grad.to(tl.pointer_type(GRAD)),
-            prev.to(tl.pointer_type(STATE)),
-            step_size.to(tl.pointer_type(STATE)),
-            offs, offs < numel, etaminus, etaplus, step_size_min, step_size_max, MAXIMIZE, COMPUTE,
+            param.to(tl.pointer_type(PARAM)) + start,
+            grad.to(tl.pointer_type(GRAD)) + start,
+            prev.to(tl.pointer_type(STATE)) + start,
+            step_size.to(tl.pointer_type(STATE)) + start,
+            offs, offs < tl.minimum(left, BLOCK).to(tl.int32), etaminus, etaplus, step_size_min, step_size_max, MAXIMIZE, COMPUTE,
         )  # fmt: skip
