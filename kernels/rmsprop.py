@@ -63,7 +63,8 @@ def rmsprop_kernel(
     table_ptr, programs_ptr, lr_ptr,
     lr: "fp64", alpha: "fp64", eps: "fp64", weight_decay: "fp64", momentum: "fp64",
     MAXIMIZE: tl.constexpr, DECAY: tl.constexpr, CENTERED: tl.constexpr, MOMENTUM: tl.constexpr,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     # A row of the table: numel, then addresses; 0 where there is no gradient, or no such state.
     program = tl.load(programs_ptr + tl.program_id(0))
@@ -76,8 +77,8 @@ def rmsprop_kernel(
     if lr_ptr is not None:
         lr = tl.load(lr_ptr).to(tl.float64)
 
-    # A mask whose bound may not divide by 16 makes every access scalar, hence two paths; hints to the
-    # compiler hold only where they are written in the kernel itself.
+    # A mask whose bound may not divide by 16 makes every access scalar, hence two paths; hints to
+    # the compiler hold only where they are written in the kernel itself.
     aligned = (param | grad | square_avg | grad_avg | momentum_buffer) % 16 == 0
     present = grad != 0
     left = numel - start
@@ -88,7 +89,8 @@ def rmsprop_kernel(
             tl.multiple_of(square_avg.to(tl.pointer_type(STATE)), 16) + start,
             tl.multiple_of(grad_avg.to(tl.pointer_type(STATE)), 16) + start,
             tl.multiple_of(momentum_buffer.to(tl.pointer_type(STATE)), 16) + start,
-            offs, None, lr, alpha, eps, weight_decay, momentum,
+            offs, None,
+            lr, alpha, eps, weight_decay, momentum,
             MAXIMIZE, DECAY, CENTERED, MOMENTUM, COMPUTE,
         )  # fmt: skip
     elif present:
@@ -98,6 +100,7 @@ def rmsprop_kernel(
             square_avg.to(tl.pointer_type(STATE)) + start,
             grad_avg.to(tl.pointer_type(STATE)) + start,
             momentum_buffer.to(tl.pointer_type(STATE)) + start,
-            offs, offs < tl.minimum(left, BLOCK).to(tl.int32), lr, alpha, eps, weight_decay, momentum,
+            offs, offs < tl.minimum(left, BLOCK).to(tl.int32),
+            lr, alpha, eps, weight_decay, momentum,
             MAXIMIZE, DECAY, CENTERED, MOMENTUM, COMPUTE,
         )  # fmt: skip

@@ -49,7 +49,8 @@ def rprop_kernel(
     table_ptr, programs_ptr,
     etaminus: "fp64", etaplus: "fp64", step_size_min: "fp64", step_size_max: "fp64",
     MAXIMIZE: tl.constexpr,
-    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     # A row of the table: numel, then addresses; 0 where there is no gradient.
     program = tl.load(programs_ptr + tl.program_id(0))
@@ -59,8 +60,8 @@ def rprop_kernel(
     numel, param, grad = tl.load(row_ptr), tl.load(row_ptr + 1), tl.load(row_ptr + 2)
     prev, step_size = tl.load(row_ptr + 3), tl.load(row_ptr + 4)
 
-    # A mask whose bound may not divide by 16 makes every access scalar, hence two paths; hints to the
-    # compiler hold only where they are written in the kernel itself.
+    # A mask whose bound may not divide by 16 makes every access scalar, hence two paths; hints to
+    # the compiler hold only where they are written in the kernel itself.
     aligned = (param | grad | prev | step_size) % 16 == 0
     present = grad != 0
     left = numel - start
@@ -70,7 +71,8 @@ def rprop_kernel(
             tl.multiple_of(grad.to(tl.pointer_type(GRAD)), 16) + start,
             tl.multiple_of(prev.to(tl.pointer_type(STATE)), 16) + start,
             tl.multiple_of(step_size.to(tl.pointer_type(STATE)), 16) + start,
-            offs, None, etaminus, etaplus, step_size_min, step_size_max, MAXIMIZE, COMPUTE,
+            offs, None,
+            etaminus, etaplus, step_size_min, step_size_max, MAXIMIZE, COMPUTE,
         )  # fmt: skip
     elif present:
         rprop_block(
@@ -78,5 +80,6 @@ def rprop_kernel(
             grad.to(tl.pointer_type(GRAD)) + start,
             prev.to(tl.pointer_type(STATE)) + start,
             step_size.to(tl.pointer_type(STATE)) + start,
-            offs, offs < tl.minimum(left, BLOCK).to(tl.int32), etaminus, etaplus, step_size_min, step_size_max, MAXIMIZE, COMPUTE,
+            offs, offs < tl.minimum(left, BLOCK).to(tl.int32),
+            etaminus, etaplus, step_size_min, step_size_max, MAXIMIZE, COMPUTE,
         )  # fmt: skip

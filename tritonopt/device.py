@@ -13,7 +13,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on"
 
 @cache
 def path(device: torch.device) -> tuple[str | None, str]:
-    """Which path updates tensors of a device: "kernel", "eager" or None, and its name or why none."""
+    """Which path updates tensors of a device ("kernel", "eager", None); its name, or why none."""
     if device.type == "cpu":
         return ("kernel", "triton, interpreted") if INTERPRET else ("eager", "eager")
     from torch._dynamo.device_interface import get_interface_for_device

@@ -1,8 +1,8 @@
 """The update rules in plain torch. They define correctness: the kernels are tested against them.
 
 Each rule has the name, the argument order and the line order of its kernel in `kernels/`. All
-tensors are flat and of one dtype; `scratch` is two tensors of the same size. The operations and their
-order are those of torch's for-loop optimizers, so that fp32 and fp64 agree to the last bit.
+tensors are flat and of one dtype; `scratch` is two tensors of the same size. The operations and
+their order are those of torch's for-loop optimizers, so that fp32 and fp64 agree to the last bit.
 """
 
 from __future__ import annotations

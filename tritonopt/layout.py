@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import repeat
+from itertools import compress, repeat
 from operator import is_, is_not
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
+from torch.optim.optimizer import _get_capturable_supported_devices
 
 from tritonopt import slab
-from tritonopt.device import path
+from tritonopt.device import is_capturing, path
 from tritonopt.sweep import Sweep
 
+_CAPTURABLE = _get_capturable_supported_devices()
 HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -26,6 +28,9 @@ class Rule(NamedTuple):
     eager: Callable[..., None]
     keys: tuple[str, ...]  # of the state a group needs, besides "step"
     all_keys: tuple[str, ...]  # in the order in which the rule takes them
+
+
+BAD_GRADIENT = "has a gradient of another type, device or shape"
 
 
 class Stale(Exception):
@@ -42,11 +47,15 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def same_layout(left: Tensor, right: Tensor) -> bool:
-    """Whether equal offsets in memory mean equal elements; the stride of a dimension of size 1 does not."""
+    """Whether equal offsets are equal elements. Strides of dimensions of size 1 do not matter."""
     return left.size() == right.size() and all(
         size == 1 or a == b
         for size, a, b in zip(left.size(), left.stride(), right.stride(), strict=True)
     )
+
+
+def _belongs(grad: Tensor, param: Tensor) -> bool:
+    return is_plain(grad) and grad.device == param.device and grad.size() == param.size()
 
 
 def why_not_native(param: Tensor) -> str | None:
@@ -71,14 +80,39 @@ def why_not_together(param: Tensor, grad: Tensor | None, states: Sequence[Tensor
         if not same_layout(tensor, param) or not slab.is_dense(tensor):
             return "has state of another shape or memory layout"
     if grad is not None and grad.layout is torch.strided:
-        if not is_plain(grad):
-            return f"has a {type(grad).__name__} gradient"
-        if grad.device != param.device or grad.size() != param.size():
-            return "has a gradient of another device or shape"
+        if not _belongs(grad, param):
+            return BAD_GRADIENT
     dtypes = {t.dtype for t in (param, *states, *([] if grad is None else [grad]))}
     if len({s.dtype for s in states}) > 1 or not (len(dtypes) == 1 or dtypes <= {*HALF_OR_SINGLE}):
         return "mixes dtypes: " + ", ".join(sorted(str(d).replace("torch.", "") for d in dtypes))
     return None
+
+
+class Guards:
+    """Checks type, dtype, device, sizes, strides and lazy negation of many tensors, at 40 ns each.
+
+    Dynamo's own check: attribute by attribute it costs four times that. It says no too often (it
+    looks at autocast and inference mode, too), never yes wrongly; after a no, every tensor is
+    looked at in turn.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        given = [t for t in tensors if t is not None]
+        self._given = None if len(given) == len(tensors) else _given(tensors)
+        sizes: Any = [list(t.size()) for t in given]
+        strides: Any = [list(t.stride()) for t in given]
+        guards = TensorGuards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        self._check = guards.check
+
+    def fit(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether the same ones are None, and the others as they were."""
+        if self._given is None:
+            return self._check(*tensors)
+        return _given(tensors) == self._given and self._check(*compress(tensors, self._given))
+
+
+def _given(tensors: Sequence[Tensor | None]) -> list[bool]:
+    return list(map(is_not, tensors, repeat(None)))
 
 
 class Bucket:
@@ -95,7 +129,7 @@ class Bucket:
         self.columns = {key: [state[key] for state in states] for key in self.keys}
         self.addresses = self._addresses()
         self.grad_dtype = next((p.grad.dtype for p in params if p.grad is not None), self.dtype)
-        self._expected: TensorGuards | None = None  # of gradients that need no look, one by one
+        self._expected: Guards | None = None  # of gradients that need no look, one by one
         self._steps, self._lone_steps = slab.spans([self.columns["step"]], len(params), 1)
 
         columns = [self.columns.get(key) for key in rule.all_keys]
@@ -127,7 +161,7 @@ class Bucket:
     def gradients(self) -> list[Tensor | None] | None:
         """The gradients as the update needs them; None if there are none."""
         grads = [p.grad for p in self.params]
-        if self._expected is not None and self._expected.check(*grads):
+        if self._expected is not None and self._expected.fit(grads):
             return grads
         if not any(map(is_not, grads, repeat(None))):
             return None
@@ -140,13 +174,13 @@ class Bucket:
                 if grad.layout is not torch.strided:
                     kind = "sparse gradients" if grad.is_sparse else f"{grad.layout} gradients"
                     raise RuntimeError(f"{self.rule.title} does not support {kind}")
-                if not is_plain(grad) or grad.dtype != self.grad_dtype or grad.device != self.device:
+                if grad.dtype != self.grad_dtype or not _belongs(grad, param):
                     raise Stale
                 if not same_layout(grad, param) or grad.is_neg():
                     grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
             fitted.append(grad)
-        if all(map(is_, fitted, grads)) and type(None) not in map(type, fitted):
-            self._expected = _guards(fitted)
+        if all(map(is_, fitted, grads)):
+            self._expected = Guards(fitted)
         return fitted
 
     def count(self, grads: list[Tensor | None]) -> None:
@@ -164,26 +198,18 @@ class Bucket:
         self.count(grads)
         self.update(grads, **hyper)
         changed = [p for p, g in zip(self.params, grads, strict=True) if g is not None]
-        torch.autograd.graph.increment_version(changed)  # or a later backward would use them unawares
+        torch.autograd.graph.increment_version(changed)  # a later backward must notice
+
+    def reserve(self) -> None:
+        """What a graph capture of later steps will need, and could not allocate itself."""
+        if not isinstance(self.update, Sweep) and not is_capturing(self.device):
+            self.update.reserve()  # type: ignore[attr-defined]
 
     @property
     def bytes_per_element(self) -> int:
         """Read parameter, gradient and state, write parameter and state."""
         states = [column[0].itemsize for key, column in self.columns.items() if key != "step"]
         return 2 * self.dtype.itemsize + self.grad_dtype.itemsize + 2 * sum(states)
-
-
-def _guards(grads: Sequence[Tensor | None]) -> TensorGuards:
-    """Checks type, dtype, device, sizes, strides and lazy negation of a list at 40 ns per tensor.
-
-    Dynamo's own, because attribute by attribute it costs 4 times that. It says no too often (it looks at
-    autocast and grad mode too), never yes wrongly; then every gradient is looked at in turn.
-    """
-    return TensorGuards(
-        *grads,
-        dynamic_dims_sizes=[list(g.size()) for g in grads if g is not None],
-        dynamic_dims_strides=[list(g.stride()) for g in grads if g is not None],
-    )
 
 
 class Layout:
@@ -201,15 +227,17 @@ class Layout:
         self.flags = flags
         self.states = [state.get(p) for p in self.params]
         self.stateless = [p for p, s in zip(self.params, self.states, strict=True) if not s]
-        self.fallback: list[tuple[Tensor, str]] = []
+        self.fallback: list[tuple[Tensor, str]] = []  # left to torch, and why
         self.steps = 0  # taken since
 
         members: dict[tuple[Any, ...], list[int]] = {}
         shared = _overlapping(self.params)
         for index, (param, entry) in enumerate(zip(self.params, self.states, strict=True)):
             if not entry and not why_torch and param.grad is None:
-                continue  # looked at when its first gradient comes: it may be lazy or moved until then
+                continue  # it may be lazy, or moved before its first gradient comes
             why = why_torch or why_not_native(param)
+            if why is None and group["capturable"] and param.device.type not in _CAPTURABLE:
+                why = f"capturable=True is not for {param.device.type}"  # torch raises
             if why is None and index in shared:
                 why = "overlaps another parameter"
             if why is None:
@@ -227,13 +255,17 @@ class Layout:
             for some in members.values()
         ]
 
+        self.provisional = any(why == BAD_GRADIENT for _, why in self.fallback)
         self.slabs = self._slabs()
 
-    def holds(self, group: dict[str, Any], state: dict[Tensor, Any], flags: tuple[Any, ...]) -> bool:
+    def holds(
+        self, group: dict[str, Any], state: dict[Tensor, Any], flags: tuple[Any, ...]
+    ) -> bool:
         """Whether nothing has been moved, replaced, added or removed, and no option changed."""
         params = group["params"]
         return (
-            flags == self.flags
+            not self.provisional
+            and flags == self.flags
             and len(params) == len(self.params)
             and all(map(is_, params, self.params))
             and all(map(is_, map(state.get, params), self.states))
@@ -250,7 +282,7 @@ class Layout:
 
 
 def _overlapping(params: Sequence[Tensor]) -> set[int]:
-    """Indices of parameters that share memory: one launch would update it twice at the same time."""
+    """Indices of parameters that share memory: one launch would write it twice at once."""
     ranges = []
     for index, param in enumerate(params):
         if is_plain(param) and param.numel() and param.device.type != "meta":

@@ -1,22 +1,21 @@
-"""The step that all optimizers share: param groups to slabs, one update per slab's worth of tensors."""
+"""The step that all optimizers share: param groups to slabs, one update for each."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
 from tritonopt import slab
-from tritonopt.device import is_capturing, path
+from tritonopt.describe import table
+from tritonopt.device import is_capturing
 from tritonopt.layout import Layout, Rule, Stale, is_plain, same_layout, why_not_native
 
 
 class SlabOptimizer(torch.optim.Optimizer):
-    """Mixed in before one of torch's optimizers, which brings validation, texts and old checkpoints."""
+    """Mixed in before one of torch's optimizers: validation, texts and old checkpoints are its."""
 
     _layouts: dict[int, Layout]  # by position in param_groups; a cache, verified at every step
 
@@ -114,6 +113,8 @@ class SlabOptimizer(torch.optim.Optimizer):
             if grads is not None:
                 with torch.no_grad():
                     bucket.step(grads, self._hyper(group))
+                    if group["capturable"]:
+                        bucket.reserve()
 
     # The layout.
 
@@ -123,32 +124,38 @@ class SlabOptimizer(torch.optim.Optimizer):
         layout = self._layouts.get(index)
         holds = layout is not None and layout.holds(group, self.state, self._flags(group))
         if not holds or any(p.grad is not None for p in layout.stateless):  # type: ignore[union-attr]
-            self._make_state(group, [p for p in group["params"] if p.grad is not None])
-            return self._look(index)
+            if any(is_capturing(p.device) for p in group["params"][:1]):
+                raise RuntimeError(
+                    "parameters, state or options changed since the last step, or there was none: "
+                    "take one step before a graph captures it"
+                )
+            slabs = self._make_state(group, [p for p in group["params"] if p.grad is not None])
+            return self._look(index, slabs)
         assert layout is not None
         layout.steps += 1
         # What lies outside a slab is packed once it has stayed in place for a step: some users move
         # parameters or state before every step.
-        if layout.steps == 1 and self._pack_moved(group, layout):
-            return self._look(index)
-        return layout
+        slabs = self._pack_moved(group, layout) if layout.steps == 1 else []
+        return self._look(index, slabs) if slabs else layout
 
     def _flags(self, group: dict[str, Any]) -> tuple[Any, ...]:
         return self._rule(group), self._why_torch(group), group["capturable"]
 
-    def _look(self, index: int) -> Layout:
+    def _look(self, index: int, new: Sequence[slab.Slab] = ()) -> Layout:
+        """Makes the layout, which holds the slabs it finds in use; `new` ones live until then."""
         group = self.param_groups[index]
-        layout = Layout(self._rule(group), group, self.state, self._flags(group), self._why_torch(group))
+        flags, why_torch = self._flags(group), self._why_torch(group)
+        layout = Layout(self._rule(group), group, self.state, flags, why_torch)
         self._layouts[index] = layout
         return layout
 
     def _begin(self, index: int) -> None:
-        """Packs a new group and makes its state, so that a checkpoint before the first step has it."""
+        """Packs a new group and makes its state: a checkpoint before the first step has it, too."""
         group = self.param_groups[index]
         params = list(dict.fromkeys(p for p in group["params"] if p.requires_grad))
         slabs = [] if self._why_torch(group) else _pack(params)
         slabs += self._make_state(group, params)
-        self._look(index)  # holds the slabs from now on
+        self._look(index, slabs)
 
     def _make_state(self, group: dict[str, Any], params: Iterable[Tensor]) -> list[slab.Slab]:
         """State for the parameters that have none yet, unless they are left to torch."""
@@ -174,7 +181,7 @@ class SlabOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _pack_moved(self, group: dict[str, Any], layout: Layout) -> list[slab.Slab]:
-        """Packs what has left the slabs. On an accelerator parameters stay: a graph may know their address."""
+        """Packs what left the slabs; no parameter of an accelerator: graphs may know its place."""
         native = [p for p in layout.params if self.state.get(p) and why_not_native(p) is None]
         if self._why_torch(group) or any(is_capturing(p.device) for p in native[:1]):
             return []
@@ -183,7 +190,7 @@ class SlabOptimizer(torch.optim.Optimizer):
             return slabs
         for key in ("step", *self._rule(group).keys):
             moved = [p for p in native if _has_moved(self.state[p][key], p, key)]
-            for batch in _by_slab(moved, lambda p, key=key: self.state[p][key]):
+            for batch in _by_slab(moved, {p: self.state[p][key] for p in moved}):
                 old = [self.state[p][key] for p in batch]
                 like, alignment = (old, 1) if key == "step" else (batch, slab.ALIGNMENT)
                 new, memory = slab.allocate(like, old[0].dtype, old[0].device, alignment)
@@ -194,13 +201,12 @@ class SlabOptimizer(torch.optim.Optimizer):
         return slabs
 
     def describe(self) -> str:
-        """A table of what updates which parameters: one line per bucket, then why any is not packed.
+        """A table of what updates which parameters, and why any of them is not packed.
 
-        A bucket is what one launch (or one sweep on a CPU) updates: the parameters of one group,
-        device and dtype. *packed* parameters lie in a slab, *in place* ones take part in the same
-        launch from where they are, *torch* ones are left to torch's functional implementation. The
-        bytes are the least a step can move: parameter, gradient and state read, parameter and state
-        written.
+        A line is a bucket: what one launch, or one sweep on a CPU, updates: parameters of one
+        group, device and dtype. *packed* ones lie in a slab, *in place* ones take part from where
+        they are, *torch* ones are left to torch's functional implementation. The bytes are the
+        least a step can move: parameter, gradient and state read, parameter and state written.
 
         Example:
             >>> model = torch.nn.Linear(4, 4)
@@ -208,58 +214,26 @@ class SlabOptimizer(torch.optim.Optimizer):
             group  device  dtype    path   packed  in place  torch  elements  bytes/step
                 0  cpu     float32  eager       2         0      0        20         400
         """
-        rows = [("group", "device", "dtype", "path", "packed", "in place", "torch", "elements", "bytes/step")]
-        notes: list[str] = []
+        layouts = []
         for index, group in enumerate(self.param_groups):
             layout = self._layouts.get(index)
             if layout is None or not layout.holds(group, self.state, self._flags(group)):
                 layout = self._look(index)
-            for bucket in layout.buckets:
-                loose = [p for p in bucket.params if slab.find(p) is None]
-                numel = sum(p.numel() for p in bucket.params)
-                rows.append((
-                    str(index), str(bucket.device), _name(bucket.dtype), path(bucket.device)[1],
-                    str(len(bucket.params) - len(loose)), str(len(loose)), "0",
-                    f"{numel:,}", f"{numel * bucket.bytes_per_element:,}",
-                ))  # fmt: skip
-                reasons = Counter(slab.why_not_packed(p) or "was moved after the last step" for p in loose)
-                notes += [f"group {index}: {n} in place: {why}" for why, n in reasons.items()]
-            kinds: dict[tuple[str, str], list[Tensor]] = {}
-            for param, _ in layout.fallback:
-                kinds.setdefault((str(param.device), _name(param.dtype)), []).append(param)
-            for (device, dtype), params in kinds.items():
-                numel = sum(0 if is_lazy(p) else p.numel() for p in params)
-                rows.append((str(index), device, dtype, "torch", "0", "0", str(len(params)), f"{numel:,}", "-"))
-            reasons = Counter(why for _, why in layout.fallback)
-            notes += [f"group {index}: {n} left to torch: {why}" for why, n in reasons.items()]
-            waiting = sum(p.grad is None for p in layout.stateless) if not self._why_torch(group) else 0
-            if waiting:
-                notes.append(f"group {index}: {waiting} without state until their first gradient")
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if number in (0, 4, 5, 6, 7, 8) else cell.ljust(width)
-                for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join(lines + notes)
+            layouts.append(layout)
+        return table(layouts)
 
 
 _SCALAR = torch.empty((), device="meta")
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _by_slab(
-    params: Iterable[Tensor], tensor: Callable[[Tensor], Tensor] = lambda param: param
+    params: Iterable[Tensor], states: dict[Tensor, Tensor] | None = None
 ) -> Iterator[Sequence[Tensor]]:
-    """The parameters in batches of one device and dtype, each of which fits a slab."""
+    """Parameters in batches of which each, or its state, fits a slab of one device and dtype."""
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for param in params:
-        kinds.setdefault((tensor(param).device, tensor(param).dtype), []).append(param)
+        tensor = states[param] if states else param
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(param)
     for (_, dtype), members in kinds.items():
         yield from slab.batches(members, dtype)
 
@@ -286,10 +260,11 @@ def _pack(params: Iterable[Tensor]) -> list[slab.Slab]:
 
 
 def _has_moved(tensor: Tensor, param: Tensor, key: str) -> bool:
-    """Whether a state tensor could lie in a slab, in its parameter's memory layout, and does not."""
-    if tensor.numel() == 0 or not is_plain(tensor) or (tensor.is_cpu and tensor.is_shared()):
+    """Whether a state tensor does not lie in a slab, in its parameter's layout, and could."""
+    if not is_plain(tensor) or tensor.numel() == 0:
         return False
-    if key == "step":
-        return slab.find(tensor) is None
-    fits = tensor.device == param.device and tensor.size() == param.size()
-    return fits and (slab.find(tensor) is None or not same_layout(tensor, param))
+    if slab.find(tensor) is not None and (key == "step" or same_layout(tensor, param)):
+        return False
+    if tensor.is_cpu and tensor.is_shared():
+        return False
+    return key == "step" or (tensor.device == param.device and tensor.size() == param.size())

@@ -21,23 +21,23 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
         v_t &= \alpha v_{t-1} + (1 - \alpha) g_t^2 \\
         \theta_t &= \theta_{t-1} - \gamma \, g_t / (\sqrt{v_t} + \epsilon)
 
-    with :math:`g_t` the gradient, plus :math:`\lambda \theta_{t-1}` under weight decay. With ``centered``,
-    :math:`v_t` is reduced by the square of the running mean of the gradient. With ``momentum``,
-    :math:`b_t = \mu b_{t-1} + g_t / (\sqrt{v_t} + \epsilon)` and
-    :math:`\theta_t = \theta_{t-1} - \gamma b_t`.
+    with :math:`g_t` the gradient, plus :math:`\lambda \theta_{t-1}` under weight decay. With
+    ``centered``, :math:`v_t` is reduced by the square of the running mean of the gradient. With
+    ``momentum``, :math:`b_t = \mu b_{t-1} + g_t / (\sqrt{v_t} + \epsilon)` and :math:`\theta_t =
+    \theta_{t-1} - \gamma b_t`.
 
     Args:
         params: tensors, ``(name, tensor)`` pairs, or dicts that define param groups. Any shape and
             strides; float16, bfloat16, float32 and float64 take the fast paths.
-        lr: learning rate :math:`\gamma`; a float, or a tensor with one element, which a kernel reads on
-            the device.
+        lr: learning rate :math:`\gamma`; a float, or a tensor with one element, which a kernel
+            reads on the device.
         alpha: smoothing constant of the squared gradient's running average.
         eps: added to the denominator after the square root.
         weight_decay: L2 penalty :math:`\lambda`.
         momentum: momentum factor :math:`\mu`.
         centered: normalize by the estimated variance instead of the second moment.
-        capturable: count steps on the device, so that a graph can capture :meth:`step`. Accelerators
-            only, as in torch.
+        capturable: count steps on the device, so that a graph can capture :meth:`step`. On
+            accelerators only, as in torch.
         foreach: given explicitly, True or False selects torch's own implementation.
         maximize: ascend instead of descend.
         differentiable: let autograd run through :meth:`step`; selects torch's own implementation.
@@ -57,8 +57,8 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
         >>> optimizer.zero_grad()
 
     References:
-        G. Hinton, Neural Networks for Machine Learning, lecture 6e (2012); centered: A. Graves, Generating
-        Sequences With Recurrent Neural Networks (2013), https://arxiv.org/abs/1308.0850.
+        G. Hinton, Neural Networks for Machine Learning, lecture 6e (2012); centered: A. Graves,
+        Generating Sequences With Recurrent Neural Networks (2013), https://arxiv.org/abs/1308.0850.
     """
 
     def __init__(

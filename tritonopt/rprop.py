@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,14 +14,15 @@ from tritonopt import eager
 from tritonopt.device import is_capturing
 from tritonopt.layout import Layout, Rule
 from tritonopt.optimizer import SlabOptimizer
+from tritonopt.slab import Slab
 
 
 class Rprop(SlabOptimizer, torch.optim.Rprop):
     r"""Drop-in for :class:`torch.optim.Rprop`: same signature, state, checkpoints and results.
 
-    Every element has a step size of its own, which grows while its gradient keeps its sign and shrinks
-    when the sign changes; only the gradient's sign is used. What torch runs is iRprop-: on a change of
-    sign the gradient counts as 0, so the element stays put for one step.
+    Every element has a step size of its own, which grows while its gradient keeps its sign and
+    shrinks when the sign changes; only the gradient's sign is used. What torch runs is iRprop-: on
+    a change of sign the gradient counts as 0, so the element stays put for one step.
 
     .. math::
         \eta_t &= \mathrm{clip}(\eta_{t-1} \cdot (\eta^+ \text{ if } g_t g_{t-1} > 0,\;
@@ -31,23 +33,25 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
     Args:
         params: tensors, ``(name, tensor)`` pairs, or dicts that define param groups. Any shape and
             strides; float16, bfloat16, float32 and float64 take the fast paths.
-        lr: the step size of every element at its first step; later values are ignored, as in torch. A
-            float, or a tensor with one element.
+        lr: the step size of every element at its first step; later values are ignored, as in
+            torch. A float, or a tensor with one element.
         etas: factors ``(etaminus, etaplus)`` by which a step size shrinks and grows.
         step_sizes: the least and the greatest step size, in units of the parameter.
-        capturable: count steps on the device, so that a graph can capture :meth:`step`. Accelerators
-            only, as in torch.
+        capturable: count steps on the device, so that a graph can capture :meth:`step`. On
+            accelerators only, as in torch.
         foreach: given explicitly, True or False selects torch's own implementation.
         maximize: ascend instead of descend.
         differentiable: let autograd run through :meth:`step`; selects torch's own implementation.
 
     State of each parameter, each of its shape and dtype but ``step`` (a float32 scalar): ``step``,
-    ``prev`` (the last gradient, 0 after a change of sign), ``step_size``. It exists from construction on.
-    A ``step_size`` that nothing has used yet (``step`` is 0, ``prev`` is 0, all elements equal) starts from
-    the ``lr`` in force at the first step, as in torch, where a warm-up may have changed it.
+    ``prev`` (the last gradient, 0 after a change of sign), ``step_size``. It exists from
+    construction on. A ``step_size`` that nothing has used yet (``step`` is 0, ``prev`` is 0, all
+    elements equal) starts from the ``lr`` in force at the first step, as in torch, where a warm-up
+    may have changed it.
 
     Raises:
-        ValueError: ``lr`` is negative or has several elements, or not ``0 < etaminus < 1 < etaplus``.
+        ValueError: ``lr`` is negative or has several elements, or the factors are not
+            ``0 < etaminus < 1 < etaplus``.
         TypeError: ``params`` is one tensor, or holds something else than tensors.
 
     Example:
@@ -58,8 +62,8 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         >>> optimizer.zero_grad()
 
     References:
-        M. Riedmiller, H. Braun, A Direct Adaptive Method for Faster Backpropagation Learning: The RPROP
-        Algorithm (1993); C. Igel, M. Hüsken, Improving the Rprop Learning Algorithm (2000).
+        M. Riedmiller, H. Braun, A Direct Adaptive Method for Faster Backpropagation Learning: The
+        RPROP Algorithm (1993); C. Igel, M. Hüsken, Improving the Rprop Learning Algorithm (2000).
     """
 
     def __init__(
@@ -76,7 +80,8 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
     ) -> None:
         super().__init__(
             params, lr, etas, step_sizes,
-            capturable=capturable, foreach=foreach, maximize=maximize, differentiable=differentiable,
+            capturable=capturable, foreach=foreach, maximize=maximize,
+            differentiable=differentiable,
         )  # fmt: skip
 
     def _rule(self, group: dict[str, Any]) -> Rule:
@@ -99,20 +104,24 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
 
     def _why_torch(self, group: dict[str, Any]) -> str | None:
         etaminus, etaplus = torch.tensor(group["etas"], dtype=torch.float32).tolist()
-        if not 0 < etaminus < 1 < etaplus:  # a group's own etas are not validated; torch has its way
+        if not 0 < etaminus < 1 < etaplus:  # possible in a group: torch validates defaults only
             return f"etas={group['etas']}"
         return super()._why_torch(group)
 
     def _torch_update(self, group: dict[str, Any]) -> None:
         lists: list[list[Tensor]] = [[] for _ in range(5)]
         has_complex = self._init_group(group, *lists)
+        params, grads, prevs, step_sizes, steps = lists
         names = ("foreach", "differentiable", "capturable")
-        rprop(*lists, has_complex=has_complex, **self._hyper(group), **{n: group[n] for n in names})
+        rprop(
+            params, grads, prevs, step_sizes, steps,
+            has_complex=has_complex, **self._hyper(group), **{name: group[name] for name in names},
+        )  # fmt: skip
 
     # The first step.
 
-    def _look(self, index: int) -> Layout:
-        layout = super()._look(index)
+    def _look(self, index: int, new: Sequence[Slab] = ()) -> Layout:
+        layout = super()._look(index, new)
         layout.unused_step_sizes = [  # type: ignore[attr-defined]
             (param, entry["step_size"], float(entry["step_size"].flatten()[0]))
             for param, entry in zip(layout.params, layout.states, strict=True)

@@ -26,7 +26,7 @@ MAX_BYTES = 2**28
 
 
 class Slab:
-    """One contiguous allocation. Lives as long as its owner holds it; its memory as long as any piece."""
+    """One contiguous allocation. It lives while it is held, its memory while any piece is."""
 
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
         self.memory = torch.zeros(numel, dtype=dtype, device=device)
@@ -89,8 +89,8 @@ def allocate(
 ) -> tuple[list[Tensor], Slab]:
     """Zeros of the shapes and strides of `like`, side by side in one slab.
 
-    Every piece has a storage of its own and of its own size, so that saving, resizing or sharing one
-    concerns no other. It keeps the slab's memory alive.
+    Every piece has a storage of its own and of its own size, so that saving, resizing or sharing
+    one concerns no other. It keeps the slab's memory alive.
     """
     pitches = [pitch(t.numel(), dtype, alignment) for t in like]
     slab = Slab(sum(pitches), dtype, device)
@@ -102,7 +102,7 @@ def allocate(
 
 
 class Span(NamedTuple):
-    """Tensors `first` to `first + len(offsets) - 2` of some lists: neighbours in a slab in each list."""
+    """Tensors from `first` on that are neighbours in a slab, in each of some lists."""
 
     first: int
     offsets: list[int]  # in elements, of each tensor and of the end
@@ -115,7 +115,7 @@ class Span(NamedTuple):
 def spans(
     columns: Sequence[Sequence[Tensor] | None], limit: int, alignment: int = ALIGNMENT
 ) -> tuple[list[Span], list[int]]:
-    """Where tensors of the same index lie side by side in every column, and which have no neighbour.
+    """Where tensors of the same index are neighbours in every column, and which have none.
 
     A span has `limit` elements at the most. Empty tensors are in neither.
     """
@@ -157,13 +157,16 @@ def spans(
         flats: list[Tensor | None] = []
         for column in columns:
             home = None if column is None else find(column[run[0]])
-            flats.append(home and home.flat(column[run[0]].data_ptr(), offsets[-1]))  # type: ignore[index]
+            if column is None or home is None:
+                flats.append(None)
+            else:
+                flats.append(home.flat(column[run[0]].data_ptr(), offsets[-1]))
         joined.append(Span(run[0], offsets, flats))
     return joined, alone
 
 
 def present(span: Span, grads: Sequence[Tensor | None]) -> Iterator[slice]:
-    """The stretches of a span, counted from its first tensor, in which every tensor has a gradient."""
+    """The stretches of a span, counted from its start, in which every tensor has a gradient."""
     given = list(map(is_not, grads[span.first : span.first + len(span)], repeat(None)))
     if all(given):
         yield slice(0, len(span))
@@ -176,7 +179,8 @@ def present(span: Span, grads: Sequence[Tensor | None]) -> Iterator[slice]:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill their memory once, in any order of dimensions."""
-    return tensor.is_contiguous() or tensor.stride() == torch.empty_like(tensor, device="meta").stride()
+    preserved = torch.empty_like(tensor, device="meta")  # keeps the strides of dense tensors only
+    return tensor.is_contiguous() or tensor.stride() == preserved.stride()
 
 
 def _holders(tensor: Tensor) -> int:
