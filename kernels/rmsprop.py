@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from tritonopt.kernels.arithmetic import div_rn, sqrt_rn
+from tritonopt.kernels.arithmetic import div_rn, fma, lerp, sqrt_rn
 
 
 @triton.jit
@@ -12,23 +12,25 @@ def rmsprop_rule(
     lr, alpha, eps, weight_decay, momentum,
     MAXIMIZE: tl.constexpr, DECAY: tl.constexpr, CENTERED: tl.constexpr, MOMENTUM: tl.constexpr,
 ):  # fmt: skip
+    # Fused multiply-adds stand where torch's eager operators have them: the same bits follow.
     dtype: tl.constexpr = param.dtype
+    weight = tl.cast(1 - alpha, dtype)
     if MAXIMIZE:
         grad = -grad
     if DECAY:
-        grad = grad + tl.cast(weight_decay, dtype) * param
-    square_avg = square_avg * tl.cast(alpha, dtype) + tl.cast(1 - alpha, dtype) * grad * grad
+        grad = fma(tl.cast(weight_decay, dtype), param, grad)
+    square_avg = fma(weight * grad, grad, square_avg * tl.cast(alpha, dtype))
     if CENTERED:
-        grad_avg = grad_avg + tl.cast(1 - alpha, dtype) * (grad - grad_avg)
-        avg = sqrt_rn(square_avg - grad_avg * grad_avg)
+        grad_avg = lerp(grad_avg, grad, weight)
+        avg = sqrt_rn(fma(-grad_avg, grad_avg, square_avg))
     else:
         avg = sqrt_rn(square_avg)
     avg = avg + tl.cast(eps, dtype)
     if MOMENTUM:
         momentum_buffer = momentum_buffer * tl.cast(momentum, dtype) + div_rn(grad, avg)
-        param = param - tl.cast(lr, dtype) * momentum_buffer
+        param = fma(tl.cast(-lr, dtype), momentum_buffer, param)
     else:
-        param = param - div_rn(tl.cast(lr, dtype) * grad, avg)
+        param = param + div_rn(tl.cast(-lr, dtype) * grad, avg)
     return param, square_avg, grad_avg, momentum_buffer
 
 
