@@ -111,6 +111,10 @@ class Guards:
         return _given(tensors) == self._given and self._check(*compress(tensors, self._given))
 
 
+def _shapes(tensors: Sequence[Tensor]) -> list[Any]:
+    return [(t.size(), t.stride(), t.dtype) for t in tensors]
+
+
 def _given(tensors: Sequence[Tensor | None]) -> list[bool]:
     return list(map(is_not, tensors, repeat(None)))
 
@@ -124,13 +128,14 @@ class Bucket:
         self.states = states
         self.device = params[0].device
         self.dtype = params[0].dtype
-        self.strides = list(map(Tensor.stride, params))
+        self._shapes = _shapes(params)
+        self._like = Guards(params)
         self.keys = ("step", *rule.keys)
         self.columns = {key: [state[key] for state in states] for key in self.keys}
         self.addresses = self._addresses()
         self.grad_dtype = next((p.grad.dtype for p in params if p.grad is not None), self.dtype)
         self._expected: Guards | None = None  # of gradients that need no look, one by one
-        self._steps, self._lone_steps = slab.spans([self.columns["step"]], len(params), 1)
+        self._steps, self._lone_steps = slab.spans([self.columns["step"]], len(params), 1, 1)
 
         columns = [self.columns.get(key) for key in rule.all_keys]
         self.update: Callable[..., None]
@@ -153,10 +158,9 @@ class Bucket:
                     return False
         except KeyError:
             return False
-        return (
-            list(map(Tensor.stride, self.params)) == self.strides
-            and self._addresses() == self.addresses
-        )
+        if not self._like.fit(self.params) and _shapes(self.params) != self._shapes:
+            return False
+        return self._addresses() == self.addresses
 
     def gradients(self) -> list[Tensor | None] | None:
         """The gradients as the update needs them; None if there are none."""

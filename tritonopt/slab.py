@@ -113,11 +113,14 @@ class Span(NamedTuple):
 
 
 def spans(
-    columns: Sequence[Sequence[Tensor] | None], limit: int, alignment: int = ALIGNMENT
+    columns: Sequence[Sequence[Tensor] | None],
+    limit: int,
+    longest: int,
+    alignment: int = ALIGNMENT,
 ) -> tuple[list[Span], list[int]]:
     """Where tensors of the same index are neighbours in every column, and which have none.
 
-    A span has `limit` elements at the most. Empty tensors are in neither.
+    A span has `limit` elements at the most, a tensor in it `longest`. Empty ones are in neither.
     """
     used = [column for column in columns if column is not None]
     homes = [[find(tensor) for tensor in column] for column in used]
@@ -129,7 +132,9 @@ def spans(
     one_dtype = len({column[0].dtype for column in used}) == 1
 
     def adjacent(left: int, right: int) -> bool:
-        return one_dtype and all(
+        if not one_dtype or max(pitches[left], pitches[right]) > longest:
+            return False
+        return all(
             home[left] is not None
             and home[left] is home[right]
             and end[left] == column[right].data_ptr()

@@ -18,6 +18,9 @@ from tritonopt import slab
 PIECE = 2**18
 """Elements. 2^17 to 2^19 measured alike (2 cores, 1 MiB of L2 each), 2^14 slower."""
 
+GATHERED = 2**16
+"""Elements up to which a gradient is gathered. Beyond, its copy costs what operators on it do."""
+
 
 class Sweep:
     """The update of `params` and their state, which must not move as long as it is used.
@@ -34,7 +37,7 @@ class Sweep:
         self.rule = rule
         self.columns = [params, *columns]
         self.dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
-        self.spans, self.alone = slab.spans(self.columns, PIECE)
+        self.spans, self.alone = slab.spans(self.columns, PIECE, GATHERED)
         longest = max(
             [0]
             + [span.offsets[-1] for span in self.spans]
