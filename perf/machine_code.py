@@ -125,7 +125,8 @@ def _amd(text: str) -> MachineCode:
 def main() -> int:
     failed = 0
     row = "{:20} {:5} {:7} {:>4} {:>6} {:>6}  {}"
-    print(row.format("kernel", "dtype", "target", "regs", "stack", "instr", "loads, stores by bits"))
+    head = ("kernel", "dtype", "target", "regs", "stack", "instr", "loads, stores by bits")
+    print(row.format(*head))
     for name, (kernel, constants, tensors) in KERNELS.items():
         for dtype in DTYPES:
             for target in TARGETS:

@@ -80,7 +80,8 @@ def main() -> int:
     bandwidth = triad_bandwidth()
     figures: list[dict[str, Any]] = []
     print(f"in-place triad: {bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")
-    print(f"{'':20}{'for-loop':>12}{'foreach':>12}{'tritonopt':>12}   us (10-90 %)   ratio  floor")
+    heads = "".join(f"{head:>12}" for head in ("for-loop", "foreach", "tritonopt"))
+    print(f"{'':20}{heads}   us (10-90 %)   ratio  floor")
     for workload, sizes in WORKLOADS.items():
         for name in BYTES:
             times = interleaved(steps(name, sizes), 2.0 if arguments.quick else 8.0)
