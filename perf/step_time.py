@@ -81,7 +81,7 @@ def main() -> int:
     figures: list[dict[str, Any]] = []
     print(f"in-place triad: {bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")
     heads = "".join(f"{head:>12}" for head in ("for-loop", "foreach", "tritonopt"))
-    print(f"{'':20}{heads}   us (10-90 %)   ratio  floor")
+    print(f"{'us':20}{heads}   (10-90 %)   ratio  floor")
     for workload, sizes in WORKLOADS.items():
         for name in BYTES:
             times = interleaved(steps(name, sizes), 2.0 if arguments.quick else 8.0)
