@@ -183,19 +183,19 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 def _programs(numels: Sequence[int], device: torch.device) -> Tensor:
     """For every program of the grid: index of its tensor << 32 | index of its block."""
-    blocks = (torch.tensor(numels) + BLOCK - 1) // BLOCK
+    blocks = (torch.tensor(numels, device="cpu") + BLOCK - 1) // BLOCK
     first = torch.cumsum(blocks, 0) - blocks
-    tensor = torch.repeat_interleave(torch.arange(len(numels)), blocks)
-    block = torch.arange(len(tensor)) - first[tensor]
+    tensor = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), blocks)
+    block = torch.arange(len(tensor), device="cpu") - first[tensor]
     return (tensor << 32 | block).to(device)
 
 
 def _buffers(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Host memory and its copy on the device. Neither is written again: a copy may be under way."""
     if device.type == "cpu":
-        host = torch.empty(size, dtype=torch.int64)
+        host = torch.empty(size, dtype=torch.int64, device="cpu")
         return host, host
-    host = torch.empty(size, dtype=torch.int64, pin_memory=True)
+    host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True)
     return host, torch.empty(size, dtype=torch.int64, device=device)
 
 

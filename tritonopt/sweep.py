@@ -43,10 +43,11 @@ class Sweep:
             + [span.offsets[-1] for span in self.spans]
             + [min(params[index].numel(), PIECE) for index in self.alone]
         )
+        kind: dict[str, Any] = {"dtype": self.dtype, "device": "cpu"}  # whatever the default device
         casts = [c is not None and c[0].dtype != self.dtype for c in self.columns]
-        self._casts = [torch.empty(longest, dtype=self.dtype) if c else None for c in casts]
-        self._scratch = torch.empty(2, longest, dtype=self.dtype)
-        self._grad = torch.zeros(longest, dtype=self.dtype)
+        self._casts = [torch.empty(longest, **kind) if c else None for c in casts]
+        self._scratch = torch.empty(2, longest, **kind)
+        self._grad = torch.zeros(longest, **kind)
         self._grads = [
             [
                 self._grad.as_strided(params[index].size(), params[index].stride(), offset)
