@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, _to_scalar
 from torch.optim.rmsprop import rmsprop
 
 from tritonopt import eager
@@ -90,8 +90,8 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
         return Rule("RMSprop", "rmsprop_", eager.rmsprop_, tuple(keys), order)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        names = ("lr", "alpha", "eps", "weight_decay", "momentum", "maximize")
-        return {name: group[name] for name in names}
+        names = ("alpha", "eps", "weight_decay", "momentum", "maximize")
+        return {"lr": _to_scalar(group["lr"]), **{name: group[name] for name in names}}
 
     def _torch_update(self, group: dict[str, Any]) -> None:
         lists: list[list[Tensor]] = [[] for _ in range(6)]
