@@ -9,34 +9,64 @@ from tritonopt.kernels.arithmetic import div_rn, sqrt_rn
 @triton.jit
 def rmsprop_rule(
     param, grad, square_avg, grad_avg, momentum_buffer,
-    lr, alpha, eps, weight_decay, momentum,
+    lr, alpha, eps, weight_decay, momentum, gain,
     MAXIMIZE: tl.constexpr, DECAY: tl.constexpr, CENTERED: tl.constexpr, MOMENTUM: tl.constexpr,
+    EPS_IN_SQRT: tl.constexpr, LR_IN_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    DECOUPLED: tl.constexpr, BIAS_CORRECTION: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = param.dtype
     if MAXIMIZE:
         grad = -grad
     if DECAY:
-        grad = grad + tl.cast(weight_decay, dtype) * param
+        if DECOUPLED:
+            param = param * tl.cast(1 - lr * weight_decay, dtype)
+        else:
+            grad = grad + tl.cast(weight_decay, dtype) * param
+    # gain is sqrt(1 - alpha**step); see the eager rule for where it went.
+    rate = lr
+    if BIAS_CORRECTION:
+        rate = lr * gain
+        eps = eps * (gain * gain) if EPS_IN_SQRT else eps * gain
     square_avg = square_avg * tl.cast(alpha, dtype) + tl.cast(1 - alpha, dtype) * grad * grad
+    avg = square_avg
     if CENTERED:
         grad_avg = grad_avg + tl.cast(1 - alpha, dtype) * (grad - grad_avg)
-        avg = sqrt_rn(square_avg - grad_avg * grad_avg)
+        if BIAS_CORRECTION:
+            # Not as fp64, whose division takes a call and its stack.
+            avg_weight = div_rn(tl.cast(1.0, dtype), tl.cast(gain * gain, dtype))
+            avg = avg - avg_weight * grad_avg * grad_avg
+            avg = tl.maximum(avg, 0.0, tl.PropagateNan.ALL)
+        else:
+            avg = avg - grad_avg * grad_avg
+    if EPS_IN_SQRT:
+        avg = sqrt_rn(avg + tl.cast(eps, dtype))
     else:
-        avg = sqrt_rn(square_avg)
-    avg = avg + tl.cast(eps, dtype)
+        avg = sqrt_rn(avg) + tl.cast(eps, dtype)
     if MOMENTUM:
-        momentum_buffer = momentum_buffer * tl.cast(momentum, dtype) + div_rn(grad, avg)
-        param = param - tl.cast(lr, dtype) * momentum_buffer
+        momentum_buffer = momentum_buffer * tl.cast(momentum, dtype)
+        if LR_IN_MOMENTUM:
+            weight = tl.cast(1.0, tl.float64)
+            update = div_rn(tl.cast(rate, dtype) * grad, avg)
+        else:
+            weight = lr
+            update = div_rn(tl.cast(gain, dtype) * grad if BIAS_CORRECTION else grad, avg)
+        momentum_buffer = momentum_buffer + update
+        if NESTEROV:
+            param = param - tl.cast(weight, dtype) * update
+            weight = weight * momentum
+        param = param - tl.cast(weight, dtype) * momentum_buffer
     else:
-        param = param - div_rn(tl.cast(lr, dtype) * grad, avg)
+        param = param - div_rn(tl.cast(rate, dtype) * grad, avg)
     return param, square_avg, grad_avg, momentum_buffer
 
 
 @triton.jit
 def rmsprop_block(
     param_ptr, grad_ptr, square_avg_ptr, grad_avg_ptr, momentum_buffer_ptr, offs, mask,
-    lr, alpha, eps, weight_decay, momentum,
+    lr, alpha, eps, weight_decay, momentum, gain,
     MAXIMIZE: tl.constexpr, DECAY: tl.constexpr, CENTERED: tl.constexpr, MOMENTUM: tl.constexpr,
+    EPS_IN_SQRT: tl.constexpr, LR_IN_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    DECOUPLED: tl.constexpr, BIAS_CORRECTION: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
     param = tl.load(param_ptr + offs, mask).to(COMPUTE)
@@ -47,7 +77,8 @@ def rmsprop_block(
 
     param, square_avg, grad_avg, momentum_buffer = rmsprop_rule(
         param, grad, square_avg, grad_avg, momentum_buffer,
-        lr, alpha, eps, weight_decay, momentum, MAXIMIZE, DECAY, CENTERED, MOMENTUM,
+        lr, alpha, eps, weight_decay, momentum, gain, MAXIMIZE, DECAY, CENTERED, MOMENTUM,
+        EPS_IN_SQRT, LR_IN_MOMENTUM, NESTEROV, DECOUPLED, BIAS_CORRECTION,
     )  # fmt: skip
 
     tl.store(param_ptr + offs, param, mask)
@@ -60,9 +91,11 @@ def rmsprop_block(
 
 @triton.jit
 def rmsprop_kernel(
-    table_ptr, programs_ptr, lr_ptr,
-    lr: "fp64", alpha: "fp64", eps: "fp64", weight_decay: "fp64", momentum: "fp64",
+    table_ptr, programs_ptr, lr_ptr, gain_ptr,
+    lr: "fp64", alpha: "fp64", eps: "fp64", weight_decay: "fp64", momentum: "fp64", gain: "fp64",
     MAXIMIZE: tl.constexpr, DECAY: tl.constexpr, CENTERED: tl.constexpr, MOMENTUM: tl.constexpr,
+    EPS_IN_SQRT: tl.constexpr, LR_IN_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    DECOUPLED: tl.constexpr, BIAS_CORRECTION: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -76,6 +109,8 @@ def rmsprop_kernel(
     grad_avg, momentum_buffer = tl.load(row_ptr + 4), tl.load(row_ptr + 5)
     if lr_ptr is not None:
         lr = tl.load(lr_ptr).to(tl.float64)
+    if gain_ptr is not None:  # one per tensor, which may have taken different numbers of steps
+        gain = tl.load(gain_ptr + (program >> 32))
 
     # A mask whose bound may not divide by 16 makes every access scalar, hence two paths; hints to
     # the compiler hold only where they are written in the kernel itself.
@@ -90,8 +125,9 @@ def rmsprop_kernel(
             tl.multiple_of(grad_avg.to(tl.pointer_type(STATE)), 16) + start,
             tl.multiple_of(momentum_buffer.to(tl.pointer_type(STATE)), 16) + start,
             offs, None,
-            lr, alpha, eps, weight_decay, momentum,
-            MAXIMIZE, DECAY, CENTERED, MOMENTUM, COMPUTE,
+            lr, alpha, eps, weight_decay, momentum, gain,
+            MAXIMIZE, DECAY, CENTERED, MOMENTUM,
+            EPS_IN_SQRT, LR_IN_MOMENTUM, NESTEROV, DECOUPLED, BIAS_CORRECTION, COMPUTE,
         )  # fmt: skip
     elif present:
         rmsprop_block(
@@ -101,6 +137,7 @@ def rmsprop_kernel(
             grad_avg.to(tl.pointer_type(STATE)) + start,
             momentum_buffer.to(tl.pointer_type(STATE)) + start,
             offs, offs < tl.minimum(left, BLOCK).to(tl.int32),
-            lr, alpha, eps, weight_decay, momentum,
-            MAXIMIZE, DECAY, CENTERED, MOMENTUM, COMPUTE,
+            lr, alpha, eps, weight_decay, momentum, gain,
+            MAXIMIZE, DECAY, CENTERED, MOMENTUM,
+            EPS_IN_SQRT, LR_IN_MOMENTUM, NESTEROV, DECOUPLED, BIAS_CORRECTION, COMPUTE,
         )  # fmt: skip
