@@ -1,7 +1,9 @@
-"""Square root and division rounded to nearest, as IEEE 754 and torch's eager operators do."""
+"""Arithmetic with the rounding of torch's eager operators."""
 
 import triton
 import triton.language as tl
+
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
@@ -18,3 +20,27 @@ def div_rn(x, y):
         return x / y
     else:
         return tl.div_rn(x, y)
+
+
+@triton.jit
+def fma(x, y, z):
+    """x * y + z, rounded once."""
+    if not INTERPRETED:
+        return tl.fma(x, y, z)
+    elif x.dtype == tl.float32:  # the interpreter of triton < 3.9 rounds twice; this product is exact
+        return (x.to(tl.float64) * y + z).to(tl.float32)
+    else:  # Dekker's product and Knuth's sum, each with its error
+        big_x, big_y = x * 134217729.0, y * 134217729.0
+        high_x, high_y = big_x - (big_x - x), big_y - (big_y - y)
+        low_x, low_y = x - high_x, y - high_y
+        product = x * y
+        error = low_x * low_y - (((product - high_x * high_y) - low_x * high_y) - high_x * low_y)
+        total = product + z
+        part = total - product
+        return total + (((product - (total - part)) + (z - part)) + error)
+
+
+@triton.jit
+def lerp(start, end, weight):
+    near_start = fma(weight, end - start, start)
+    return tl.where(weight < 0.5, near_start, fma(weight - 1, end - start, end))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from tritonopt.kernels.arithmetic import div_rn, sqrt_rn
+from tritonopt.kernels.arithmetic import div_rn, fma, lerp, sqrt_rn
 
 
 @triton.jit
@@ -14,49 +14,51 @@ def rmsprop_rule(
     EPS_IN_SQRT: tl.constexpr, LR_IN_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
     DECOUPLED: tl.constexpr, BIAS_CORRECTION: tl.constexpr,
 ):  # fmt: skip
+    # Fused multiply-adds stand where torch's eager operators have them: the same bits follow.
     dtype: tl.constexpr = param.dtype
+    weight = tl.cast(1 - alpha, dtype)
     if MAXIMIZE:
         grad = -grad
     if DECAY:
         if DECOUPLED:
             param = param * tl.cast(1 - lr * weight_decay, dtype)
         else:
-            grad = grad + tl.cast(weight_decay, dtype) * param
-    # gain is sqrt(1 - alpha**step); see the eager rule for where it went.
+            grad = fma(tl.cast(weight_decay, dtype), param, grad)
     rate = lr
-    if BIAS_CORRECTION:
+    if BIAS_CORRECTION:  # gain is sqrt(1 - alpha**step); the eager rule says where it went
         rate = lr * gain
         eps = eps * (gain * gain) if EPS_IN_SQRT else eps * gain
-    square_avg = square_avg * tl.cast(alpha, dtype) + tl.cast(1 - alpha, dtype) * grad * grad
+    square_avg = fma(weight * grad, grad, square_avg * tl.cast(alpha, dtype))
     avg = square_avg
     if CENTERED:
-        grad_avg = grad_avg + tl.cast(1 - alpha, dtype) * (grad - grad_avg)
+        grad_avg = lerp(grad_avg, grad, weight)
         if BIAS_CORRECTION:
-            # Not as fp64, whose division takes a call and its stack.
-            avg_weight = div_rn(tl.cast(1.0, dtype), tl.cast(gain * gain, dtype))
-            avg = avg - avg_weight * grad_avg * grad_avg
+            # Not divided as fp64, which takes a call and its stack.
+            inverse = div_rn(tl.cast(1.0, dtype), tl.cast(gain * gain, dtype))
+            avg = fma(-inverse * grad_avg, grad_avg, avg)
             avg = tl.maximum(avg, 0.0, tl.PropagateNan.ALL)
         else:
-            avg = avg - grad_avg * grad_avg
+            avg = fma(-grad_avg, grad_avg, avg)
     if EPS_IN_SQRT:
         avg = sqrt_rn(avg + tl.cast(eps, dtype))
     else:
         avg = sqrt_rn(avg) + tl.cast(eps, dtype)
     if MOMENTUM:
+        scale = -lr
         momentum_buffer = momentum_buffer * tl.cast(momentum, dtype)
         if LR_IN_MOMENTUM:
-            weight = tl.cast(1.0, tl.float64)
-            update = div_rn(tl.cast(rate, dtype) * grad, avg)
+            scale = tl.cast(-1.0, tl.float64)
+            momentum_buffer = momentum_buffer + div_rn(tl.cast(rate, dtype) * grad, avg)
+        elif BIAS_CORRECTION:
+            momentum_buffer = momentum_buffer + div_rn(tl.cast(gain, dtype) * grad, avg)
         else:
-            weight = lr
-            update = div_rn(tl.cast(gain, dtype) * grad if BIAS_CORRECTION else grad, avg)
-        momentum_buffer = momentum_buffer + update
+            momentum_buffer = momentum_buffer + div_rn(grad, avg)
         if NESTEROV:
-            param = param - tl.cast(weight, dtype) * update
-            weight = weight * momentum
-        param = param - tl.cast(weight, dtype) * momentum_buffer
+            param = param + div_rn(tl.cast(-rate, dtype) * grad, avg)
+            scale = scale * momentum
+        param = fma(tl.cast(scale, dtype), momentum_buffer, param)
     else:
-        param = param - div_rn(tl.cast(rate, dtype) * grad, avg)
+        param = param + div_rn(tl.cast(-rate, dtype) * grad, avg)
     return param, square_avg, grad_avg, momentum_buffer
 
 

@@ -44,17 +44,17 @@ def rmsprop_(
             grad = torch.add(grad, param, alpha=weight_decay, out=scratch[0])
     # sqrt(v / c) is sqrt(v) / sqrt(c): taken out of the denominator, bias correction changes
     # scalars only and costs nothing per element.
-    gain, rate, avg_weight = 1.0, lr, -1.0
+    gain, rate, inverse = 1.0, lr, 1.0
     if step is not None:
         correction = 1 - alpha**step
         gain = correction**0.5
-        rate, avg_weight = lr * gain, -1 / correction
+        rate, inverse = lr * gain, 1 / correction
         eps = eps * (correction if eps_in_sqrt else gain)
     square_avg.mul_(alpha).addcmul_(grad, grad, value=1 - alpha)
     avg = square_avg
     if grad_avg is not None:
         grad_avg.lerp_(grad, 1 - alpha)
-        avg = torch.addcmul(avg, grad_avg, grad_avg, value=avg_weight, out=scratch[1])
+        avg = torch.addcmul(avg, grad_avg, grad_avg, value=-inverse, out=scratch[1])
         if step is not None:
             avg.clamp_min_(0)  # exactly 0 at the first step, where rounding may fall below
     if eps_in_sqrt:
@@ -62,13 +62,13 @@ def rmsprop_(
     else:
         avg = torch.sqrt(avg, out=scratch[1]).add_(eps)
     if momentum_buffer is not None:
+        scale = -1.0 if lr_in_momentum else -lr
         value = rate if lr_in_momentum else gain
         momentum_buffer.mul_(momentum).addcdiv_(grad, avg, value=value)
-        weight = 1.0 if lr_in_momentum else lr
         if nesterov:
             param.addcdiv_(grad, avg, value=-rate)
-            weight = weight * momentum
-        param.add_(momentum_buffer, alpha=-weight)
+            scale = scale * momentum
+        param.add_(momentum_buffer, alpha=scale)
     else:
         param.addcdiv_(grad, avg, value=-rate)
 

@@ -1,0 +1,112 @@
+"""The tables that the tests run over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing._internal.common_optimizers import optim_db
+
+import tritonopt
+from tritonopt.device import path
+
+OURS = {"RMSprop": tritonopt.RMSprop, "Rprop": tritonopt.Rprop}
+TORCH = {"RMSprop": torch.optim.RMSprop, "Rprop": torch.optim.Rprop}
+INFO = {info.optim_cls.__name__: info for info in optim_db if info.optim_cls.__name__ in OURS}
+
+MORE = {
+    "RMSprop": {
+        "tensor lr": {"lr": torch.tensor(0.005)},
+        "momentum alone": {"momentum": 0.9},
+        "centered alone": {"centered": True},
+        "centered, momentum": {"centered": True, "momentum": 0.9},
+        "large eps": {"eps": 1.0, "alpha": 0.5},
+        "alpha 0": {"alpha": 0.0},
+        "everything": {
+            "lr": 0.003, "alpha": 0.9, "eps": 1e-4, "weight_decay": 0.01,
+            "momentum": 0.7, "centered": True, "maximize": True,
+        },
+    },
+    "Rprop": {
+        "tensor lr": {"lr": torch.tensor(0.005)},
+        "steep etas": {"etas": (0.3, 2.5)},
+        "lr above step_sizes": {"lr": 100.0},
+        "lr below step_sizes": {"lr": 1e-9},
+        "step_sizes reversed": {"step_sizes": (50, 1e-6)},
+        "narrow step_sizes": {"step_sizes": (0.004, 0.02)},
+        "maximize, etas": {"maximize": True, "etas": (0.7, 1.1)},
+    },
+}  # fmt: skip
+
+
+def configurations(name: str) -> list[Any]:
+    """All of torch's own configurations of an optimizer, and ours."""
+    rows = {row.desc: row.kwargs for row in INFO[name].optim_inputs_func(device="cpu")}
+    rows.update(MORE[name])
+    return [pytest.param(name, kwargs, id=f"{name}-{desc}") for desc, kwargs in rows.items()]
+
+
+CONFIGURATIONS = configurations("RMSprop") + configurations("Rprop")
+
+SHAPES = [(), (0,), (1,), (3, 5), (1023,), (1024,), (0, 4), (1025,), (2, 3, 4, 5), (7, 300)]
+"""Scalar, empty (first, in the middle), one less and more than a block, odd, several blocks."""
+
+TOLERANCE = {
+    torch.float32: 2.0,  # torch's own kernels on a GPU may contract other products and sums
+    torch.float64: 2.0,  # likewise; the interpreter emulates a fused multiply-add
+    torch.bfloat16: 2.0,  # of a result rounded once, to either side; the interpreter truncates
+    torch.float16: 1.0,  # of a result rounded once, to either side
+}
+"""Per step, in units of the last place of the larger operand, where `is_exact` does not hold."""
+
+
+def is_exact(name: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a step agrees with torch's for-loop to the last bit."""
+    if name == "Rprop" or path(device)[0] == "eager":
+        return dtype in (torch.float32, torch.float64)
+    return dtype == torch.float32 and device.type == "cpu"
+
+
+def parameters(
+    shapes: Any = SHAPES, dtype: torch.dtype = torch.float32, device: Any = "cpu"
+) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.randn(shape, device=device, dtype=dtype)) for shape in shapes]
+
+
+def twins(
+    name: str, params: list[Any], **kwargs: Any
+) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer, list[torch.nn.Parameter]]:
+    """Our optimizer on `params`, torch's for-loop on copies of them, and the copies."""
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    for param, copy in zip(params, copies, strict=True):
+        copy.requires_grad_(param.requires_grad)
+    return OURS[name](params, **kwargs), TORCH[name](copies, foreach=False, **kwargs), copies
+
+
+def give_gradients(params: list[Any], copies: list[Any], missing: Any = ()) -> None:
+    """The same random gradients to both; none to the indices in `missing`."""
+    for index, (param, copy) in enumerate(zip(params, copies, strict=True)):
+        if index in missing:
+            param.grad = copy.grad = None
+        else:
+            param.grad = torch.randn_like(param)
+            copy.grad = param.grad.detach().clone()
+
+
+def assert_same(ours: Any, theirs: Any, params: list[Any], copies: list[Any]) -> None:
+    """Parameters and every state key equal to the last bit."""
+    for index, (param, copy) in enumerate(zip(params, copies, strict=True)):
+        assert torch.equal(param, copy), f"parameter {index} {tuple(param.shape)}"
+        for key, value in theirs.state[copy].items():
+            assert torch.equal(ours.state[param][key], value), f"{key} of parameter {index}"
+
+
+def ulps(actual: Tensor, expected: Tensor, scale: Tensor) -> float:
+    """The largest difference in units of the last place of the larger of expected and scale."""
+    if not actual.numel():
+        return 0.0
+    size = torch.maximum(expected.abs(), scale.abs()).double()
+    unit = torch.finfo(actual.dtype).eps * size.clamp(min=torch.finfo(actual.dtype).tiny)
+    return float(((actual.double() - expected.double()).abs() / unit).nan_to_num(0).max())
