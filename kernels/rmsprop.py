@@ -19,14 +19,11 @@ def rmsprop_rule(
     weight = tl.cast(1 - alpha, dtype)
     if MAXIMIZE:
         grad = -grad
-    if DECAY:
-        if DECOUPLED:
-            param = param * tl.cast(1 - lr * weight_decay, dtype)
-        else:
-            grad = fma(tl.cast(weight_decay, dtype), param, grad)
-    rate = lr
+    if DECAY and not DECOUPLED:
+        grad = fma(tl.cast(weight_decay, dtype), param, grad)
+    rate = tl.cast(lr, dtype)
     if BIAS_CORRECTION:  # gain is sqrt(1 - alpha**step); the eager rule says where it went
-        rate = lr * gain
+        rate = tl.cast(lr * gain, dtype)
         eps = eps * (gain * gain) if EPS_IN_SQRT else eps * gain
     square_avg = fma(weight * grad, grad, square_avg * tl.cast(alpha, dtype))
     avg = square_avg
@@ -34,8 +31,8 @@ def rmsprop_rule(
         grad_avg = lerp(grad_avg, grad, weight)
         if BIAS_CORRECTION:
             # Not divided as fp64, which takes a call and its stack.
-            inverse = div_rn(tl.cast(1.0, dtype), tl.cast(gain * gain, dtype))
-            avg = fma(-inverse * grad_avg, grad_avg, avg)
+            inverse = div_rn(tl.cast(-1.0, dtype), tl.cast(gain * gain, dtype))
+            avg = fma(inverse * grad_avg, grad_avg, avg)
             avg = tl.maximum(avg, 0.0, tl.PropagateNan.ALL)
         else:
             avg = fma(-grad_avg, grad_avg, avg)
@@ -43,22 +40,28 @@ def rmsprop_rule(
         avg = sqrt_rn(avg + tl.cast(eps, dtype))
     else:
         avg = sqrt_rn(avg) + tl.cast(eps, dtype)
+    if DECAY and DECOUPLED:
+        param = param * tl.cast(1 - lr * weight_decay, dtype)
     if MOMENTUM:
-        scale = -lr
         momentum_buffer = momentum_buffer * tl.cast(momentum, dtype)
         if LR_IN_MOMENTUM:
-            scale = tl.cast(-1.0, tl.float64)
-            momentum_buffer = momentum_buffer + div_rn(tl.cast(rate, dtype) * grad, avg)
+            update = div_rn(rate * grad, avg)
         elif BIAS_CORRECTION:
-            momentum_buffer = momentum_buffer + div_rn(tl.cast(gain, dtype) * grad, avg)
+            update = div_rn(tl.cast(gain, dtype) * grad, avg)
         else:
-            momentum_buffer = momentum_buffer + div_rn(grad, avg)
+            update = div_rn(grad, avg)
+        momentum_buffer = momentum_buffer + update
         if NESTEROV:
-            param = param + div_rn(tl.cast(-rate, dtype) * grad, avg)
+            if LR_IN_MOMENTUM:
+                param = param - update
+            else:
+                param = param + div_rn(-rate * grad, avg)
+        scale = tl.cast(-1.0, tl.float64) if LR_IN_MOMENTUM else -lr
+        if NESTEROV:
             scale = scale * momentum
         param = fma(tl.cast(scale, dtype), momentum_buffer, param)
     else:
-        param = param + div_rn(tl.cast(-rate, dtype) * grad, avg)
+        param = param + div_rn(-rate * grad, avg)
     return param, square_avg, grad_avg, momentum_buffer
 
 
@@ -112,7 +115,7 @@ def rmsprop_kernel(
     if lr_ptr is not None:
         lr = tl.load(lr_ptr).to(tl.float64)
     if gain_ptr is not None:  # one per tensor, which may have taken different numbers of steps
-        gain = tl.load(gain_ptr + (program >> 32))
+        gain = tl.load(gain_ptr + (program >> 32)).to(tl.float64)
 
     # A mask whose bound may not divide by 16 makes every access scalar, hence two paths; hints to
     # the compiler hold only where they are written in the kernel itself.

@@ -37,11 +37,8 @@ def rmsprop_(
     """`step` is the number of steps with this one, for bias correction; None: no correction."""
     if maximize:
         grad = torch.neg(grad, out=scratch[0])
-    if weight_decay != 0:
-        if decoupled_weight_decay:
-            param.mul_(1 - lr * weight_decay)
-        else:
-            grad = torch.add(grad, param, alpha=weight_decay, out=scratch[0])
+    if weight_decay != 0 and not decoupled_weight_decay:
+        grad = torch.add(grad, param, alpha=weight_decay, out=scratch[0])
     # sqrt(v / c) is sqrt(v) / sqrt(c): taken out of the denominator, bias correction changes
     # scalars only and costs nothing per element.
     gain, rate, inverse = 1.0, lr, 1.0
@@ -61,6 +58,8 @@ def rmsprop_(
         avg = torch.add(avg, eps, out=scratch[1]).sqrt_()
     else:
         avg = torch.sqrt(avg, out=scratch[1]).add_(eps)
+    if weight_decay != 0 and decoupled_weight_decay:
+        param.mul_(1 - lr * weight_decay)
     if momentum_buffer is not None:
         scale = -1.0 if lr_in_momentum else -lr
         value = rate if lr_in_momentum else gain
