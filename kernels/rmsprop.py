@@ -21,7 +21,7 @@ def rmsprop_rule(
         grad = -grad
     if DECAY and not DECOUPLED:
         grad = fma(tl.cast(weight_decay, dtype), param, grad)
-    rate = tl.cast(lr, dtype)
+    rate = lr
     if BIAS_CORRECTION:  # gain is sqrt(1 - alpha**step); the eager rule says where it went
         rate = tl.cast(lr * gain, dtype)
         eps = eps * (gain * gain) if EPS_IN_SQRT else eps * gain
@@ -45,7 +45,7 @@ def rmsprop_rule(
     if MOMENTUM:
         momentum_buffer = momentum_buffer * tl.cast(momentum, dtype)
         if LR_IN_MOMENTUM:
-            update = div_rn(rate * grad, avg)
+            update = div_rn(tl.cast(rate, dtype) * grad, avg)
         elif BIAS_CORRECTION:
             update = div_rn(tl.cast(gain, dtype) * grad, avg)
         else:
@@ -55,13 +55,13 @@ def rmsprop_rule(
             if LR_IN_MOMENTUM:
                 param = param - update
             else:
-                param = param + div_rn(-rate * grad, avg)
+                param = param + div_rn(tl.cast(-rate, dtype) * grad, avg)
         scale = tl.cast(-1.0, tl.float64) if LR_IN_MOMENTUM else -lr
         if NESTEROV:
             scale = scale * momentum
         param = fma(tl.cast(scale, dtype), momentum_buffer, param)
     else:
-        param = param + div_rn(-rate * grad, avg)
+        param = param + div_rn(tl.cast(-rate, dtype) * grad, avg)
     return param, square_avg, grad_avg, momentum_buffer
 
 

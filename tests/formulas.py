@@ -74,7 +74,7 @@ def rmsprop(
     bias_correction: bool = False,
     decoupled_weight_decay: bool = False,
 ) -> list[float]:
-    """Hinton's lecture 6e; Graves (2013) for `centered`; the options as their libraries have them."""
+    """Hinton's lecture 6e; Graves (2013) for `centered`; options as in the libraries."""
     w = list(start)
     v = [initial_scale] * len(w)
     m = [0.0] * len(w)
