@@ -27,7 +27,7 @@ def fma(x, y, z):
     """x * y + z, rounded once."""
     if not INTERPRETED:
         return tl.fma(x, y, z)
-    elif x.dtype == tl.float32:  # the interpreter of triton < 3.9 rounds twice; this product is exact
+    elif x.dtype == tl.float32:  # triton < 3.9 interprets it with two roundings; fp64 has none
         return (x.to(tl.float64) * y + z).to(tl.float32)
     else:  # Dekker's product and Knuth's sum, each with its error
         big_x, big_y = x * 134217729.0, y * 134217729.0

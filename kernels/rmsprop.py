@@ -77,8 +77,11 @@ def rmsprop_block(
     param = tl.load(param_ptr + offs, mask).to(COMPUTE)
     grad = tl.load(grad_ptr + offs, mask).to(COMPUTE)
     square_avg = tl.load(square_avg_ptr + offs, mask).to(COMPUTE)
-    grad_avg = tl.load(grad_avg_ptr + offs, mask).to(COMPUTE) if CENTERED else None
-    momentum_buffer = tl.load(momentum_buffer_ptr + offs, mask).to(COMPUTE) if MOMENTUM else None
+    grad_avg, momentum_buffer = square_avg, square_avg  # not None, which triton 3.6 cannot return
+    if CENTERED:
+        grad_avg = tl.load(grad_avg_ptr + offs, mask).to(COMPUTE)
+    if MOMENTUM:
+        momentum_buffer = tl.load(momentum_buffer_ptr + offs, mask).to(COMPUTE)
 
     param, square_avg, grad_avg, momentum_buffer = rmsprop_rule(
         param, grad, square_avg, grad_avg, momentum_buffer,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import compress, repeat
+from itertools import chain, compress, repeat
 from operator import is_, is_not
 from typing import Any, NamedTuple
 
@@ -102,7 +102,8 @@ class Guards:
         self._given = None if len(given) == len(tensors) else _given(tensors)
         sizes: Any = [list(t.size()) for t in given]
         strides: Any = [list(t.stride()) for t in given]
-        guards = TensorGuards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        with torch.no_grad():  # as in the step: they note whether a gradient is required
+            guards = TensorGuards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         self._check = guards.check
 
     def fit(self, tensors: Sequence[Tensor | None]) -> bool:
@@ -125,13 +126,15 @@ class Bucket:
         self.states = states
         self.device = params[0].device
         self.dtype = params[0].dtype
-        self.strides = list(map(Tensor.stride, params))
         self.keys = ("step", *rule.keys)
         self.columns = {key: [state[key] for state in states] for key in self.keys}
+        self.tensors = list(chain(params, *self.columns.values()))
         self.addresses = self._addresses()
+        self.geometry = self._geometry()
+        self._as_before = Guards(self.tensors)
         self.grad_dtype = next((p.grad.dtype for p in params if p.grad is not None), self.dtype)
         self._expected: Guards | None = None  # of gradients that need no look, one by one
-        self._steps, self._lone_steps = slab.spans([self.columns["step"]], len(params), 1)
+        self._steps, self._lone_steps = slab.spans([self.columns["step"]], len(params), 1, 1)
 
         columns = [self.columns.get(key) for key in rule.all_keys]
         self.update: Callable[..., None]
@@ -142,21 +145,22 @@ class Bucket:
 
             self.update = launch.Launch(getattr(launch, rule.name), params, columns)
 
-    def _addresses(self) -> list[list[int]]:
-        tensors = [self.params, *self.columns.values()]
-        return [list(map(Tensor.data_ptr, column)) for column in tensors]
+    def _addresses(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self.tensors))
+
+    def _geometry(self) -> list[tuple[Any, ...]]:
+        return [(t.dtype, t.device, t.size(), t.stride()) for t in self.tensors]
 
     def holds(self) -> bool:
-        """Whether every parameter and state tensor still lies where it lay."""
+        """Whether every parameter and state tensor still lies where it lay, and as it lay."""
         try:
             for key, column in self.columns.items():
                 if not all(map(is_, [state[key] for state in self.states], column)):
                     return False
         except KeyError:
             return False
-        return (
-            list(map(Tensor.stride, self.params)) == self.strides
-            and self._addresses() == self.addresses
+        return self._addresses() == self.addresses and (
+            self._as_before.fit(self.tensors) or self._geometry() == self.geometry
         )
 
     def gradients(self) -> list[Tensor | None] | None:
@@ -177,7 +181,7 @@ class Bucket:
                     raise RuntimeError(f"{self.rule.title} does not support {kind}")
                 if grad.dtype != self.grad_dtype or not _belongs(grad, param):
                     raise Stale
-                if not same_layout(grad, param) or grad.is_neg():
+                if not same_layout(grad, param) or grad.is_neg() or grad._is_zerotensor():
                     grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
             fitted.append(grad)
         if all(map(is_, fitted, grads)):
@@ -238,14 +242,15 @@ class Layout:
         self.params: list[Tensor] = list(group["params"])
         self.flags = flags
         self.states = [state.get(p) for p in self.params]
-        self.stateless = [p for p, s in zip(self.params, self.states, strict=True) if not s]
+        lacking = [not s or not s.keys() >= {*rule.keys} for s in self.states]
+        self.stateless = list(compress(self.params, lacking))
         self.fallback: list[tuple[Tensor, str]] = []  # left to torch, and why
         self.steps = 0  # taken since
 
         members: dict[tuple[Any, ...], list[int]] = {}
         shared = _overlapping(self.params)
         for index, (param, entry) in enumerate(zip(self.params, self.states, strict=True)):
-            if not entry and not why_torch and param.grad is None:
+            if lacking[index] and not why_torch and param.grad is None:
                 continue  # it may be lazy, or moved before its first gradient comes
             why = why_torch or why_not_native(param)
             if why is None and group["capturable"] and param.device.type not in _CAPTURABLE:

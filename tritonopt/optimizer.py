@@ -194,7 +194,8 @@ class SlabOptimizer(torch.optim.Optimizer):
         """Makes the layout, which holds the slabs it finds in use; `new` ones live until then."""
         group = self.param_groups[index]
         flags, why_torch = self._flags(group), self._why_torch(group)
-        layout = Layout(self._rule(group), group, self.state, flags, why_torch)
+        with torch.inference_mode(False):
+            layout = Layout(self._rule(group), group, self.state, flags, why_torch)
         self._layouts[index] = layout
         return layout
 
@@ -209,9 +210,13 @@ class SlabOptimizer(torch.optim.Optimizer):
     def _make_state(self, group: dict[str, Any], params: Iterable[Tensor]) -> list[slab.Slab]:
         """State for the parameters that have none yet, unless they are left to torch."""
         rule = self._rule(group)
-        new = [p for p in params if not self.state.get(p) and why_not_native(p) is None]
         if self._why_torch(group):
             return []
+        new = [
+            p
+            for p in params
+            if _is_unmade(self.state.get(p), rule.keys) and why_not_native(p) is None
+        ]
         slabs = []
         scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
         for batch in _by_slab(new):
@@ -231,7 +236,12 @@ class SlabOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _pack_moved(self, group: dict[str, Any], layout: Layout) -> list[slab.Slab]:
         """Packs what left the slabs; no parameter of an accelerator: graphs may know its place."""
-        native = [p for p in layout.params if self.state.get(p) and why_not_native(p) is None]
+        keys = {"step", *self._rule(group).keys}
+        native = [
+            p
+            for p in layout.params
+            if self.state.get(p, {}).keys() >= keys and why_not_native(p) is None
+        ]
         if self._why_torch(group) or any(is_capturing(p.device) for p in native[:1]):
             return []
         slabs = _pack([p for p in native if p.device.type == "cpu"])
@@ -306,6 +316,18 @@ def _pack(params: Iterable[Tensor]) -> list[slab.Slab]:
             param.data = piece
         slabs.append(memory)
     return slabs
+
+
+def _is_unmade(entry: dict[str, Any] | None, keys: Sequence[str]) -> bool:
+    """Whether there is no state, or none but zeros and not all that the options now ask for.
+
+    In torch, state is made at the first step: until then, momentum may be turned on.
+    """
+    if not entry:
+        return True
+    if entry.keys() >= {*keys} or not all(isinstance(v, Tensor) for v in entry.values()):
+        return False
+    return not any(bool(value.any()) for value in entry.values())
 
 
 def _has_moved(tensor: Tensor, param: Tensor, key: str) -> bool:

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, _to_scalar
 from torch.optim.rmsprop import rmsprop
 
 from tritonopt import eager
 from tritonopt.layout import Rule
 from tritonopt.optimizer import SlabOptimizer
 
-_HYPER = ("lr", "alpha", "eps", "weight_decay", "momentum", "maximize")
+_HYPER = ("alpha", "eps", "weight_decay", "momentum", "maximize")
 _SWITCHES = ("eps_in_sqrt", "lr_in_momentum", "nesterov", "decoupled_weight_decay")
 
 
@@ -125,7 +125,8 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
         return Rule("RMSprop", "rmsprop_", eager.rmsprop_, tuple(keys), order, counts)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {name: group[name] for name in (*_HYPER, *_SWITCHES)}
+        names = (*_HYPER, *_SWITCHES)
+        return {"lr": _to_scalar(group["lr"]), **{name: group[name] for name in names}}
 
     def _initial(self, key: str, group: dict[str, Any]) -> float:
         return float(group["initial_scale"]) if key == "square_avg" else 0.0
@@ -144,7 +145,7 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
         lists: list[list[Tensor]] = [[] for _ in range(6)]
         has_complex = self._init_group(group, *lists)
         params, grads, square_avgs, momentum_buffers, grad_avgs, steps = lists
-        names = (*_HYPER, "centered", "foreach", "differentiable", "capturable")
+        names = ("lr", *_HYPER, "centered", "foreach", "differentiable", "capturable")
         rmsprop(
             params, grads, square_avgs, grad_avgs, momentum_buffers, steps,
             has_complex=has_complex, **{name: group[name] for name in names},

@@ -122,7 +122,7 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         return float(group["lr"]) if key == "step_size" else 0.0
 
     def _why_torch(self, group: dict[str, Any]) -> str | None:
-        etaminus, etaplus = torch.tensor(group["etas"], dtype=torch.float32).tolist()
+        etaminus, etaplus = (_rounded(eta, torch.float32) for eta in group["etas"])
         if not 0 < etaminus < 1 < etaplus:  # possible in a group: torch validates defaults only
             return f"etas={group['etas']}"
         return super()._why_torch(group)
@@ -160,7 +160,11 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         layout.unused_step_sizes = [  # type: ignore[attr-defined]
             (param, entry["step_size"], float(entry["step_size"].flatten()[0]))
             for param, entry in zip(layout.params, layout.states, strict=True)
-            if entry and not param.is_complex() and param.numel() and _is_unused(entry)
+            if entry
+            and "step_size" in entry
+            and not param.is_complex()
+            and param.numel()
+            and _is_unused(entry)
         ]
         return layout
 
@@ -174,7 +178,7 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         for param, step_size, value in layout.unused_step_sizes:  # type: ignore[attr-defined]
             if param.grad is None:
                 waiting.append((param, step_size, value))
-            elif float(torch.tensor(float(group["lr"]), dtype=step_size.dtype)) != value:
+            elif _rounded(float(group["lr"]), step_size.dtype) != value:
                 if is_capturing(param.device):
                     raise RuntimeError(
                         "lr changed before the first step: take one step before a graph captures it"
@@ -201,3 +205,7 @@ def _is_unused(entry: dict[str, Any]) -> bool:
         return False
     low, high = torch.aminmax(entry["step_size"])
     return bool(low == high) and not bool(entry["prev"].any())
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    return float(torch.tensor(value, dtype=dtype, device="cpu"))

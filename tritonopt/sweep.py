@@ -19,6 +19,9 @@ from tritonopt import slab
 PIECE = 2**18
 """Elements. 2^17 to 2^19 measured alike (2 cores, 1 MiB of L2 each), 2^14 slower."""
 
+GATHERED = 2**16
+"""Elements up to which a gradient is gathered. Beyond, its copy costs what operators on it do."""
+
 
 class Sweep:
     """The update of `params` and their state, which must not move as long as it is used.
@@ -35,16 +38,17 @@ class Sweep:
         self.rule = rule
         self.columns = [params, *columns]
         self.dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
-        self.spans, self.alone = slab.spans(self.columns, PIECE)
+        self.spans, self.alone = slab.spans(self.columns, PIECE, GATHERED)
         longest = max(
             [0]
             + [span.offsets[-1] for span in self.spans]
             + [min(params[index].numel(), PIECE) for index in self.alone]
         )
+        kind: dict[str, Any] = {"dtype": self.dtype, "device": "cpu"}  # whatever the default device
         casts = [c is not None and c[0].dtype != self.dtype for c in self.columns]
-        self._casts = [torch.empty(longest, dtype=self.dtype) if c else None for c in casts]
-        self._scratch = torch.empty(2, longest, dtype=self.dtype)
-        self._grad = torch.zeros(longest, dtype=self.dtype)
+        self._casts = [torch.empty(longest, **kind) if c else None for c in casts]
+        self._scratch = torch.empty(2, longest, **kind)
+        self._grad = torch.zeros(longest, **kind)
         self._grads = [
             [
                 self._grad.as_strided(params[index].size(), params[index].stride(), offset)

@@ -1,0 +1,165 @@
+"""What the compilers make of the kernels: registers, stack, loads and stores by width.
+
+    python -m perf.machine_code
+
+No GPU is needed. Exit code 1 if a kernel spills, or if its aligned path has an access of less
+than 128 bits.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+import triton.backends.nvidia
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tritonopt.kernels.launch import BLOCK, THREADS, options
+from tritonopt.kernels.rmsprop import rmsprop_kernel
+from tritonopt.kernels.rprop import rprop_kernel
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
+}
+DTYPES = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32, "fp64": tl.float64}
+BITS = {"fp16": 16, "bf16": 16, "fp32": 32, "fp64": 64}
+_TORCH = ("MAXIMIZE", "DECAY", "CENTERED", "MOMENTUM")
+_MORE = ("EPS_IN_SQRT", "LR_IN_MOMENTUM", "NESTEROV", "DECOUPLED", "BIAS_CORRECTION")
+
+
+def _rmsprop(*on: str) -> tuple[Any, dict[str, Any], int]:
+    """The kernel, its constants, and the tensors that it reads: parameter, gradient, states."""
+    constants = {"lr_ptr": None, "gain_ptr": None, **dict.fromkeys((*_TORCH, *_MORE), False)}
+    constants.update(dict.fromkeys(on, True))
+    return rmsprop_kernel, constants, 3 + ("CENTERED" in on) + ("MOMENTUM" in on)
+
+
+def _rprop(variant: str, maximize: bool = False) -> tuple[Any, dict[str, Any], int]:
+    return rprop_kernel, {"MAXIMIZE": maximize, "VARIANT": variant}, 4
+
+
+KERNELS: dict[str, tuple[Any, dict[str, Any], int]] = {
+    "rmsprop": _rmsprop(),
+    "rmsprop, momentum": _rmsprop("MOMENTUM"),
+    "rmsprop, centered": _rmsprop("CENTERED"),
+    "rmsprop, all of torch": _rmsprop(*_TORCH),
+    "rmsprop, eps in sqrt": _rmsprop("EPS_IN_SQRT"),
+    "rmsprop, bias correction": _rmsprop("BIAS_CORRECTION"),
+    "rmsprop, decoupled": _rmsprop("DECAY", "DECOUPLED"),
+    "rmsprop, lr in momentum": _rmsprop("MOMENTUM", "LR_IN_MOMENTUM"),
+    "rmsprop, nesterov": _rmsprop("MOMENTUM", "NESTEROV"),
+    "rmsprop, all": _rmsprop(*_TORCH, *_MORE),
+    "rprop": _rprop("irprop-"),
+    "rprop, maximize": _rprop("irprop-", maximize=True),
+    "rprop-": _rprop("rprop-"),
+    "rprop+": _rprop("rprop+"),
+    "irprop+": _rprop("irprop+"),
+}
+
+
+class MachineCode(NamedTuple):
+    """One kernel for one target. Accesses are counted by width in bits."""
+
+    registers: int
+    stack: int  # bytes of registers spilled
+    loads: Counter[int]
+    stores: Counter[int]
+    instructions: int
+
+    def problems(self, dtype: str, tensors: int) -> list[str]:
+        """Spills, and vector accesses that the aligned path should have and has not."""
+        vectors = -(-BLOCK * BITS[dtype] // (128 * THREADS))  # per thread and tensor
+        found = [f"spills {self.stack} bytes"] if self.stack else []
+        if self.loads[128] < vectors * tensors:
+            found.append(f"{self.loads[128]} of {vectors * tensors} loads of 128 bits")
+        if self.stores[128] < vectors * (tensors - 1):
+            found.append(f"{self.stores[128]} of {vectors * (tensors - 1)} stores of 128 bits")
+        return found
+
+
+def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, target: GPUTarget) -> Any:
+    names = ("PARAM", "GRAD", "STATE")
+    compute = tl.float64 if dtype == "fp64" else tl.float32
+    constants = {**constants, **dict.fromkeys(names, DTYPES[dtype]), "COMPUTE": compute}
+    constants["BLOCK"] = BLOCK
+    signature = {
+        name: "constexpr" if name in constants else "*i64" if name.endswith("_ptr") else "fp64"
+        for name in kernel.arg_names
+    }
+    aligned: Any = {(index,): [["tt.divisibility", 16]] for index in range(2)}
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=target, options=options(target.warp_size))
+
+
+def machine_code(kernel: Any, constants: dict[str, Any], dtype: str, target: str) -> MachineCode:
+    compiled = compile_kernel(kernel, constants, dtype, TARGETS[target])
+    if TARGETS[target].backend == "hip":
+        return _amd(compiled.asm["amdgcn"])
+    return _nvidia(compiled.asm["cubin"])
+
+
+def _nvidia(cubin: bytes) -> MachineCode:
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
+    widths = {"": 32, "64": 64, "128": 128, "U16": 16, "U8": 8}
+    loads, stores = (
+        Counter(widths[suffix] for suffix in re.findall(rf"\b{name}\.E(?:\.(\w+))?", sass))
+        for name in ("LDG", "STG")
+    )
+    count = len(re.findall(r"^\s+/\*\w{4}\*/", sass, re.M))
+    return MachineCode(registers, stack, loads, stores, count)
+
+
+def _amd(text: str) -> MachineCode:
+    def field(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s*(\d+)", text)[0])
+
+    widths = {"ushort": 16, "short": 16, "short_d16": 16, "short_d16_hi": 16, "dword": 32,
+              "dwordx2": 64, "dwordx4": 128}  # fmt: skip
+    loads, stores = (
+        Counter(widths[suffix] for suffix in re.findall(rf"\b(?:global|buffer)_{kind}_(\w+)", text))
+        for kind in ("load", "store")
+    )
+    stack = field("private_segment_fixed_size") + 4 * field("vgpr_spill_count")
+    count = len(re.findall(r"^\t[a-z]\w+ ", text, re.M))
+    return MachineCode(field("vgpr_count"), stack, loads, stores, count)
+
+
+def main() -> int:
+    failed = 0
+    row = "{:20} {:5} {:7} {:>4} {:>6} {:>6}  {}"
+    head = ("kernel", "dtype", "target", "regs", "stack", "instr", "loads, stores by bits")
+    print(row.format(*head))
+    for name, (kernel, constants, tensors) in KERNELS.items():
+        for dtype in DTYPES:
+            for target in TARGETS:
+                code = machine_code(kernel, constants, dtype, target)
+                problems = code.problems(dtype, tensors)
+                failed += bool(problems)
+                widths = f"{dict(code.loads)}, {dict(code.stores)} {'; '.join(problems)}"
+                print(row.format(name, dtype, target, code.registers, code.stack,
+                                 code.instructions, widths))  # fmt: skip
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

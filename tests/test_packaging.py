@@ -1,0 +1,62 @@
+"""What is installed: wheel, sdist and editable install, and what importing it brings along."""
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("build")
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command, cwd=None, **kwargs):
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, cwd=cwd, **kwargs
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dist")
+    copy = folder / "source"
+    names = ("pyproject.toml", "README.md", "tritonopt", "kernels")
+    copy.mkdir()
+    for name in names:
+        run("-c", f"import shutil; shutil.copytree({str(ROOT / name)!r}, {str(copy / name)!r}, "
+            "symlinks=True, ignore=shutil.ignore_patterns('__pycache__'))"
+            if (ROOT / name).is_dir() else
+            f"import shutil; shutil.copy({str(ROOT / name)!r}, {str(copy / name)!r})")  # fmt: skip
+    run("-m", "build", "--no-isolation", "--outdir", folder, cwd=copy)
+    return next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
+
+
+def test_the_wheel_has_each_file_once(distributions):
+    names = zipfile.ZipFile(distributions[0]).namelist()
+    assert "tritonopt/kernels/launch.py" in names and "tritonopt/py.typed" in names
+    assert not [name for name in names if name.startswith("kernels/")]
+    assert len(names) == len(set(names))
+
+
+def test_the_sdist_can_be_built_again(distributions, tmp_path):
+    with tarfile.open(distributions[1]) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = next(tmp_path.iterdir())
+    run("-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path, cwd=source)
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert sorted(names) == sorted(zipfile.ZipFile(distributions[0]).namelist())
+
+
+def test_the_wheel_works_alone(distributions, tmp_path):
+    zipfile.ZipFile(distributions[0]).extractall(tmp_path)
+    code = (
+        "import sys; sys.path.insert(0, '.'); import tritonopt, tritonopt.kernels.launch, torch;"
+        "p = torch.nn.Parameter(torch.ones(3)); p.grad = torch.ones(3);"
+        "tritonopt.Rprop([p]).step(); print(tritonopt.kernels.__file__, p.tolist())"
+    )
+    out = run("-c", code, cwd=tmp_path)
+    assert str(tmp_path) in out and "0.99" in out

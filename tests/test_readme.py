@@ -1,0 +1,52 @@
+"""The README's code runs as it stands, and its example trains as torch's does."""
+
+import re
+from pathlib import Path
+
+import torch
+
+import tritonopt
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def test_the_import_is_the_whole_change():
+    model = torch.nn.Linear(3, 1)
+    namespace = {"model": model, "torch": torch}
+    exec(BLOCKS[0], namespace)
+    model(torch.ones(3)).sum().backward()
+    namespace["optimizer"].step()
+    assert isinstance(namespace["optimizer"], torch.optim.RMSprop)
+
+
+def test_the_example_with_either_import(capsys):
+    example = next(block for block in BLOCKS if "tritonopt as optim" in block)
+    weights = []
+    for text in (example, example.replace("import tritonopt as optim", "from torch import optim")):
+        torch.manual_seed(0)
+        namespace = {}
+        exec(text, namespace)
+        weights.append([p.detach().clone() for p in namespace["model"].parameters()])
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-7) for a, b in zip(*weights, strict=True))
+    first, second = capsys.readouterr().out.split("\n")[:2]
+    assert first == second and first.startswith("Loss after one update: ")
+
+
+def test_the_description():
+    """One parameter aliased, and a lazy layer that has no shape yet."""
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 32, 3), torch.nn.BatchNorm2d(32), torch.nn.LazyLinear(10)
+    )
+    model.register_parameter("scale", torch.nn.Parameter(torch.ones(426)))
+    alias = model.scale.detach()
+    described = tritonopt.RMSprop(model.parameters()).describe()
+    assert described in README and alias is not None
+
+
+def test_the_two_commands():
+    commands = re.findall(r"^pip install .*$", README, re.M)
+    assert commands == [
+        'pip install ".[demo]" && python -m tritonopt',
+        'pip install -e ".[test]" && pytest',
+    ]
