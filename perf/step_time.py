@@ -92,9 +92,10 @@ def main() -> int:
             cells = "".join(f"{value:12,.0f}" for value in middle.values())
             print(f"{name + ' ' + workload:20}{cells}   {spread[0]:,.0f}-{spread[-1]:,.0f}"
                   f"   {ratio:.1f}x  {floor:.0%}", flush=True)  # fmt: skip
-            figures.append({"optimizer": name, "workload": workload, "median_us": middle,
-                            "p10_us": spread[0], "p90_us": spread[-1],
-                            "times_the_better_stock": ratio, "fraction_of_floor": floor})  # fmt: skip
+            figures.append({
+                "optimizer": name, "workload": workload, "median_us": middle, "p10_us": spread[0],
+                "p90_us": spread[-1], "times_the_better_stock": ratio, "fraction_of_floor": floor,
+            })  # fmt: skip
     if arguments.out:
         machine = {"device": platform.processor() or platform.machine(), "os": platform.system(),
                    "threads": torch.get_num_threads(), "torch": torch.__version__,

@@ -323,6 +323,15 @@ def test_counts_on_the_device():
         torch.testing.assert_close(left, right, rtol=1e-6, atol=0)
 
 
+def test_initial_scale_survives_a_cast_before_the_first_step():
+    model = torch.nn.Linear(3, 2)
+    optimizer = tritonopt.RMSprop(model.parameters(), initial_scale=0.5)
+    model.double()(torch.ones(1, 3).double()).sum().backward()
+    optimizer.step()
+    average = optimizer.state[model.weight]["square_avg"]
+    torch.testing.assert_close(average, torch.full_like(average, 0.99 * 0.5 + 0.01))
+
+
 # Checkpoints.
 
 EVERY_RULE = [

@@ -68,6 +68,10 @@ class SlabOptimizer(torch.optim.Optimizer):
     def _see_loss(self, loss: Any) -> None:
         """Called once per step, before anything is updated, with what the closure returned."""
 
+    def _is_as_new(self, entry: dict[str, Any]) -> bool:
+        """Whether state is as it was made."""
+        return not any(bool(tensor.any()) for tensor in entry.values())
+
     def _before_update(self, group: dict[str, Any], layout: Layout) -> None:
         """Called before each update of a group."""
 
@@ -178,7 +182,8 @@ class SlabOptimizer(torch.optim.Optimizer):
                     "parameters, state or options changed since the last step, or there was none: "
                     "take one step before a graph captures it"
                 )
-            slabs = self._make_state(group, [p for p in group["params"] if p.grad is not None])
+            begun = [p for p in group["params"] if p.grad is not None or self.state.get(p)]
+            slabs = self._make_state(group, begun)
             return self._look(index, slabs)
         assert layout is not None
         layout.steps += 1
@@ -212,11 +217,7 @@ class SlabOptimizer(torch.optim.Optimizer):
         rule = self._rule(group)
         if self._why_torch(group):
             return []
-        new = [
-            p
-            for p in params
-            if _is_unmade(self.state.get(p), rule.keys) and why_not_native(p) is None
-        ]
+        new = [p for p in params if why_not_native(p) is None and self._is_unmade(p, rule.keys)]
         slabs = []
         scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
         for batch in _by_slab(new):
@@ -232,6 +233,23 @@ class SlabOptimizer(torch.optim.Optimizer):
             for number, param in enumerate(batch):
                 self.state[param] = {key: column[number] for key, column in columns.items()}
         return slabs
+
+    def _is_unmade(self, param: Tensor, keys: Sequence[str]) -> bool:
+        """Whether a parameter has no state, or one as new that does not fit it any more.
+
+        torch makes state at the first step: until then, momentum may be turned on, and the model
+        be moved and cast.
+        """
+        entry = self.state.get(param)
+        if not entry:
+            return True
+        if not all(isinstance(value, Tensor) for value in entry.values()):
+            return False
+        fits = all(
+            key in entry and (entry[key].dtype, entry[key].device) == (param.dtype, param.device)
+            for key in keys
+        )
+        return not fits and self._is_as_new(entry)
 
     @torch.no_grad()
     def _pack_moved(self, group: dict[str, Any], layout: Layout) -> list[slab.Slab]:
@@ -316,18 +334,6 @@ def _pack(params: Iterable[Tensor]) -> list[slab.Slab]:
             param.data = piece
         slabs.append(memory)
     return slabs
-
-
-def _is_unmade(entry: dict[str, Any] | None, keys: Sequence[str]) -> bool:
-    """Whether there is no state, or none but zeros and not all that the options now ask for.
-
-    In torch, state is made at the first step: until then, momentum may be turned on.
-    """
-    if not entry:
-        return True
-    if entry.keys() >= {*keys} or not all(isinstance(v, Tensor) for v in entry.values()):
-        return False
-    return not any(bool(value.any()) for value in entry.values())
 
 
 def _has_moved(tensor: Tensor, param: Tensor, key: str) -> bool:

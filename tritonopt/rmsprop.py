@@ -131,6 +131,15 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
     def _initial(self, key: str, group: dict[str, Any]) -> float:
         return float(group["initial_scale"]) if key == "square_avg" else 0.0
 
+    def _is_as_new(self, entry: dict[str, Any]) -> bool:
+        rest = {key: value for key, value in entry.items() if key != "square_avg"}
+        starts = {group["initial_scale"] for group in self.param_groups}
+        average = entry.get("square_avg")
+        fresh = average is None or any(
+            torch.equal(average, torch.full_like(average, start)) for start in starts
+        )
+        return fresh and super()._is_as_new(rest)
+
     def _check(self, group: dict[str, Any]) -> None:
         if not 0.0 <= group["initial_scale"]:
             raise ValueError(f"Invalid initial_scale value: {group['initial_scale']}")

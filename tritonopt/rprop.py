@@ -155,6 +155,9 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
 
     # The first step.
 
+    def _is_as_new(self, entry: dict[str, Any]) -> bool:
+        return {"step", "prev", "step_size"} <= entry.keys() and _is_unused(entry)
+
     def _look(self, index: int, new: Sequence[Slab] = ()) -> Layout:
         layout = super()._look(index, new)
         layout.unused_step_sizes = [  # type: ignore[attr-defined]
@@ -203,6 +206,8 @@ def _is_unused(entry: dict[str, Any]) -> bool:
     """Whether no step has been taken and the step sizes are still those they were created with."""
     if float(entry["step"]) != 0:
         return False
+    if not entry["step_size"].numel():
+        return True
     low, high = torch.aminmax(entry["step_size"])
     return bool(low == high) and not bool(entry["prev"].any())
 

@@ -71,7 +71,7 @@ def find(tensor: Tensor) -> Slab | None:
 
 def _fills_storage(tensor: Tensor) -> bool:
     nbytes = tensor.numel() * tensor.itemsize
-    return tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == nbytes
+    return bool(tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == nbytes)
 
 
 def pitch(numel: int, dtype: torch.dtype, alignment: int = ALIGNMENT) -> int:
