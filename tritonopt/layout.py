@@ -28,6 +28,7 @@ class Rule(NamedTuple):
     eager: Callable[..., None]
     keys: tuple[str, ...]  # of the state a group needs, besides "step"
     all_keys: tuple[str, ...]  # in the order in which the rule takes them
+    counts: bool = False  # whether it takes the number of steps, too
 
 
 BAD_GRADIENT = "has a gradient of another type, device or shape"
@@ -198,8 +199,19 @@ class Bucket:
             if grads[index] is not None:
                 self.states[index]["step"] += 1
 
+    def counts(self) -> float | Tensor:
+        """The number of steps: of all parameters if it is one and the host knows it, or of each."""
+        flat = self._steps[0].flats[0] if len(self._steps) == 1 and not self._lone_steps else None
+        counts = torch.stack(self.columns["step"]) if flat is None else flat
+        if not counts.is_cpu:
+            return counts
+        low, high = torch.aminmax(counts)
+        return float(low) if low == high else counts
+
     def step(self, grads: list[Tensor | None], hyper: dict[str, Any]) -> None:
         self.count(grads)
+        if self.rule.counts:
+            hyper["step"] = self.counts()
         self.update(grads, **hyper)
         changed = [p for p, g in zip(self.params, grads, strict=True) if g is not None]
         torch.autograd.graph.increment_version(changed)  # a later backward must notice

@@ -18,21 +18,35 @@ class SlabOptimizer(torch.optim.Optimizer):
     """Mixed in before one of torch's optimizers: validation, texts and old checkpoints are its."""
 
     _layouts: dict[int, Layout]  # by position in param_groups; a cache, verified at every step
+    _options: dict[str, Any] = {}  # that torch does not have, with the values of torch's rule
 
-    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, params: Any, *args: Any, options: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(params, *args, **kwargs)
+        self.defaults.update(options or {})
+        for group in self.param_groups:
+            for name, value in (options or {}).items():
+                group.setdefault(name, value)
+            self._check(group)
         self._layouts = {}
         for index in range(len(self.param_groups)):
             self._begin(index)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        built = "_layouts" in self.__dict__  # not while the constructor adds the first groups
+        if built and isinstance(param_group, dict):
+            self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        if "_layouts" in self.__dict__:  # not while the constructor adds the first groups
+        if built:
             self._begin(len(self.param_groups) - 1)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_layouts", {})
+        for group in (self.defaults, *self.param_groups):
+            for name, value in self._options.items():
+                group.setdefault(name, value)
 
     # What a subclass says of its rule.
 
@@ -51,6 +65,9 @@ class SlabOptimizer(torch.optim.Optimizer):
         """The value with which a state tensor begins."""
         return 0.0
 
+    def _see_loss(self, loss: Any) -> None:
+        """Called once per step, before anything is updated, with what the closure returned."""
+
     def _is_as_new(self, entry: dict[str, Any]) -> bool:
         """Whether state is as it was made."""
         return not any(bool(tensor.any()) for tensor in entry.values())
@@ -64,6 +81,20 @@ class SlabOptimizer(torch.optim.Optimizer):
             return "differentiable=True"
         if group["foreach"] is not None:
             return f"foreach={group['foreach']}"
+        return None
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raises ValueError where an option has a wrong value or does not go with another."""
+        option = self._beyond_torch(group)
+        why = self._why_torch(group) if option else None
+        if why:
+            raise ValueError(f"{option} is not in torch's implementation, which {why} selects")
+
+    def _beyond_torch(self, group: dict[str, Any]) -> str | None:
+        """An option in force that torch does not have; None if torch has the group's rule."""
+        for name, value in self._options.items():
+            if group[name] != value:
+                return f"{name}={group[name]!r}"
         return None
 
     # The step.
@@ -80,6 +111,8 @@ class SlabOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse. No parameter and no state has been changed then.
+            ValueError: an option that torch does not have meets a parameter that is left to torch,
+                or the variant needs a loss and there is none. Nothing has been changed, either.
         """
         self._accelerator_graph_capture_health_check()
         loss = None
@@ -88,22 +121,38 @@ class SlabOptimizer(torch.optim.Optimizer):
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             work = [self._examine(index) for index in range(len(self.param_groups))]
+            self._see_loss(loss)
             for group, (layout, gradients) in zip(self.param_groups, work, strict=True):
                 self._update(group, layout, gradients)
         return loss
 
     def _examine(self, index: int) -> tuple[Layout, list[list[Tensor | None] | None]]:
         """The group's layout as it is now, and the gradients of each of its buckets."""
+        self._check(self.param_groups[index])
         layout = self._current(index)
-        for param, _ in layout.fallback:
-            if param.grad is not None and param.grad.is_sparse:
-                title = self._rule(self.param_groups[index]).title
-                raise RuntimeError(f"{title} does not support sparse gradients")
+        self._check_fallback(index, layout)
         try:
             return layout, [bucket.gradients() for bucket in layout.buckets]
         except Stale:
             layout = self._look(index)
+            self._check_fallback(index, layout)
             return layout, [bucket.gradients() for bucket in layout.buckets]
+
+    def _check_fallback(self, index: int, layout: Layout) -> None:
+        """Raises where torch could not do what the group asks of it."""
+        group = self.param_groups[index]
+        option = self._beyond_torch(group) if layout.fallback else None
+        for param, why in layout.fallback:
+            if param.grad is None:
+                continue
+            if param.grad.is_sparse:
+                title = self._rule(group).title
+                raise RuntimeError(f"{title} does not support sparse gradients")
+            if option:
+                raise ValueError(
+                    f"{option} is not in torch's implementation, which is needed for a parameter "
+                    f"of size {tuple(param.size())}: it {why}"
+                )
 
     def _update(
         self, group: dict[str, Any], layout: Layout, gradients: list[list[Tensor | None] | None]
@@ -168,11 +217,7 @@ class SlabOptimizer(torch.optim.Optimizer):
         rule = self._rule(group)
         if self._why_torch(group):
             return []
-        new = [
-            p
-            for p in params
-            if why_not_native(p) is None and self._is_unmade(p, rule.keys)
-        ]
+        new = [p for p in params if why_not_native(p) is None and self._is_unmade(p, rule.keys)]
         slabs = []
         scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
         for batch in _by_slab(new):
