@@ -1,6 +1,6 @@
 """What the Rprop variants reach on a real problem: full-batch training on scikit-learn's digits.
 
-    python perf/variants.py [epochs]
+    python -m perf.variants [epochs]
 
 Prints the table of the README: the training loss after 100 epochs (or as many as given), as the
 median and the range over ten random initializations of a 64-32-10 perceptron, in fp32.
