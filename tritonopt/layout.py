@@ -231,7 +231,7 @@ class Layout:
         self.steps = 0  # taken since
 
         members: dict[tuple[Any, ...], list[int]] = {}
-        shared = _overlapping(self.params)
+        shared = overlapping(self.params)
         for index, (param, entry) in enumerate(zip(self.params, self.states, strict=True)):
             if not entry and not why_torch and param.grad is None:
                 continue  # it may be lazy, or moved before its first gradient comes
@@ -281,7 +281,7 @@ class Layout:
         return {home for home in map(slab.find, tensors) if home is not None}
 
 
-def _overlapping(params: Sequence[Tensor]) -> set[int]:
+def overlapping(params: Sequence[Tensor]) -> set[int]:
     """Indices of parameters that share memory: one launch would write it twice at once."""
     ranges = []
     for index, param in enumerate(params):

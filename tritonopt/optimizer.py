@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonopt import slab
+from tritonopt import slab, traced
 from tritonopt.describe import table
 from tritonopt.device import is_capturing
 from tritonopt.layout import Layout, Rule, Stale, is_plain, same_layout, why_not_native
@@ -17,6 +17,7 @@ from tritonopt.layout import Layout, Rule, Stale, is_plain, same_layout, why_not
 class SlabOptimizer(torch.optim.Optimizer):
     """Mixed in before one of torch's optimizers: validation, texts and old checkpoints are its."""
 
+    _lists: int  # that torch's `_init_group` fills
     _layouts: dict[int, Layout]  # by position in param_groups; a cache, verified at every step
 
     def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -54,6 +55,12 @@ class SlabOptimizer(torch.optim.Optimizer):
     def _before_update(self, group: dict[str, Any], layout: Layout) -> None:
         """Called before each update of a group."""
 
+    def _traced_update(
+        self, group: dict[str, Any], native: Any, rest: Any, has_complex: bool
+    ) -> None:
+        """One step of the group in a traced graph: one op for the native lists, torch for the rest."""
+        raise NotImplementedError
+
     def _why_torch(self, group: dict[str, Any]) -> str | None:
         """Why a group is left to torch as a whole; None if it is not."""
         if group["differentiable"]:
@@ -77,6 +84,8 @@ class SlabOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: a gradient is sparse. No parameter and no state has been changed then.
         """
+        if torch.compiler.is_compiling():
+            return traced.step(self, closure)
         self._accelerator_graph_capture_health_check()
         loss = None
         if closure is not None:
@@ -115,6 +124,22 @@ class SlabOptimizer(torch.optim.Optimizer):
                     bucket.step(grads, self._hyper(group))
                     if group["capturable"]:
                         bucket.reserve()
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
+        """Torch's, and, given twice as many lists, what a traced step works on.
+
+        Dynamo does not trace this method: it runs it while it traces, and knows of every tensor in the
+        lists where it comes from. What must happen eagerly before a step happens here.
+        """
+        count = self._lists
+        if len(lists) == count:
+            return bool(super()._init_group(group, *lists))
+        self._make_state(group, [p for p in group["params"] if p.grad is not None])
+        layout = self._look(next(i for i, g in enumerate(self.param_groups) if g is group))
+        self._before_update(group, layout)
+        traced.fill(layout, lists[:count])
+        rest = {**group, "params": [param for param, _ in layout.fallback]}
+        return bool(super()._init_group(rest, *lists[count:]))
 
     # The layout.
 

@@ -66,6 +66,8 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         RPROP Algorithm (1993); C. Igel, M. Hüsken, Improving the Rprop Learning Algorithm (2000).
     """
 
+    _lists = 5
+
     def __init__(
         self,
         params: ParamsT,
@@ -110,13 +112,23 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
 
     def _torch_update(self, group: dict[str, Any]) -> None:
         lists: list[list[Tensor]] = [[] for _ in range(5)]
-        has_complex = self._init_group(group, *lists)
+        self._functional(group, lists, self._init_group(group, *lists))
+
+    def _functional(self, group: dict[str, Any], lists: Any, has_complex: bool) -> None:
         params, grads, prevs, step_sizes, steps = lists
         names = ("foreach", "differentiable", "capturable")
         rprop(
             params, grads, prevs, step_sizes, steps,
             has_complex=has_complex, **self._hyper(group), **{name: group[name] for name in names},
         )  # fmt: skip
+
+    def _traced_update(
+        self, group: dict[str, Any], native: Any, rest: Any, has_complex: bool
+    ) -> None:
+        if native[0]:
+            torch.ops.tritonopt.rprop_(*native, **self._hyper(group))
+        if rest[0]:
+            self._functional(group, rest, has_complex)
 
     # The first step.
 
