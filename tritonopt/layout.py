@@ -28,6 +28,7 @@ class Rule(NamedTuple):
     eager: Callable[..., None]
     keys: tuple[str, ...]  # of the state a group needs, besides "step"
     all_keys: tuple[str, ...]  # in the order in which the rule takes them
+    sweep: Callable[..., Sweep] = Sweep
 
 
 BAD_GRADIENT = "has a gradient of another type, device or shape"
@@ -135,7 +136,7 @@ class Bucket:
         columns = [self.columns.get(key) for key in rule.all_keys]
         self.update: Callable[..., None]
         if path(self.device)[0] == "eager":
-            self.update = Sweep(rule.eager, params, columns)
+            self.update = rule.sweep(rule.eager, params, columns)
         else:
             from tritonopt.kernels import launch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,12 +13,15 @@ from tritonopt import slab, traced
 from tritonopt.describe import table
 from tritonopt.device import is_capturing
 from tritonopt.layout import Layout, Rule, Stale, is_plain, same_layout, why_not_native
+from tritonopt.sweep import Sweep
 
 
 class SlabOptimizer(torch.optim.Optimizer):
     """Mixed in before one of torch's optimizers: validation, texts and old checkpoints are its."""
 
     _lists: int  # that torch's `_init_group` fills
+    _sweep: Callable[..., Sweep] = Sweep
+    _compile_kwargs: dict[str, Any] | None = None
     _layouts: dict[int, Layout]  # by position in param_groups; a cache, verified at every step
 
     def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -34,6 +38,8 @@ class SlabOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_layouts", {})
+        if self._compile_kwargs is not None:
+            self.compile(**self._compile_kwargs)
 
     # What a subclass says of its rule.
 
@@ -125,6 +131,32 @@ class SlabOptimizer(torch.optim.Optimizer):
                     if group["capturable"]:
                         bucket.reserve()
 
+    def compile(self, **kwargs: Any) -> None:
+        """From now on :meth:`step` runs compiled code, as :meth:`torch.nn.Module.compile` does for calls.
+
+        What is compiled is the update rule over flat memory: one graph with a handful of inputs for
+        any number of parameters, which a scheduler does not change. It concerns parameters on a CPU,
+        where it fuses the rule into one loop; on an accelerator a step is one kernel anyway.
+
+        Args:
+            kwargs: of :func:`torch.compile`; ``dynamic=True`` unless given.
+
+        Example:
+            >>> optimizer = tritonopt.RMSprop(model.parameters())
+            >>> optimizer.compile()
+            >>> optimizer.step()
+        """
+        from tritonopt.compiled import CompiledSweep
+
+        self._compile_kwargs = kwargs
+        self._sweep = partial(CompiledSweep, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        if self._compile_kwargs is not None:
+            state["_compile_kwargs"] = self._compile_kwargs
+        return state
+
     def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
         """Torch's, and, given twice as many lists, what a traced step works on.
 
@@ -164,13 +196,14 @@ class SlabOptimizer(torch.optim.Optimizer):
         return self._look(index, slabs) if slabs else layout
 
     def _flags(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return self._rule(group), self._why_torch(group), group["capturable"]
+        return self._rule(group), self._sweep, self._why_torch(group), group["capturable"]
 
     def _look(self, index: int, new: Sequence[slab.Slab] = ()) -> Layout:
         """Makes the layout, which holds the slabs it finds in use; `new` ones live until then."""
         group = self.param_groups[index]
         flags, why_torch = self._flags(group), self._why_torch(group)
-        layout = Layout(self._rule(group), group, self.state, flags, why_torch)
+        rule = self._rule(group)._replace(sweep=self._sweep)
+        layout = Layout(rule, group, self.state, flags, why_torch)
         self._layouts[index] = layout
         return layout
 

@@ -25,6 +25,8 @@ class Sweep:
     `columns` has one list of tensors per state of the rule, in its order; None for an unused one.
     """
 
+    piece = PIECE  # of a tensor without neighbours
+
     def __init__(
         self,
         rule: Callable[..., None],
@@ -74,10 +76,10 @@ class Sweep:
             grad = grads[index]
             if grad is not None:
                 pieces = [
-                    None if column is None else _flat(column[index]).split(PIECE)
+                    None if column is None else _flat(column[index]).split(self.piece)
                     for column in self.columns
                 ]
-                for number, piece in enumerate(_flat(grad).split(PIECE)):
+                for number, piece in enumerate(_flat(grad).split(self.piece)):
                     self._update([p and p[number] for p in pieces], piece, hyper)
 
     def _update(self, flats: list[Tensor | None], grad: Tensor, hyper: dict[str, Any]) -> None:
@@ -98,4 +100,4 @@ class Sweep:
 
 def _flat(tensor: Tensor) -> Tensor:
     """The elements of a dense tensor in the order in which they lie in memory."""
-    return tensor.as_strided((tensor.numel(),), (1,))
+    return tensor.detach().as_strided((tensor.numel(),), (1,))
