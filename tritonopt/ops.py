@@ -10,7 +10,8 @@ does, and update parameters and state where they lie. They need none of tritonop
     tensor([-1.1921e-07, -1.1921e-07, -1.1921e-07])
 
 Lists of one call have equal lengths; a list that the rule does not use is empty (`grad_avgs` unless
-centered, `momentum_buffers` without momentum, `state_steps` where nobody counts). Every list may mix
+centered, `momentum_buffers` without momentum). 1 is added to each of `state_steps`, however many there
+are. Every list may mix
 devices, dtypes and memory layouts; a gradient and the state of a parameter have its shape and device,
 and are all fp64 or all of fp16, bf16 and fp32. `lr` is a float or a tensor with one element; where a
 compiled graph changes other hyperparameters without being compiled again, they are tensors, too.
@@ -238,7 +239,7 @@ def _look(tensor: Tensor) -> tuple[Any, ...]:
 
 def _check(name: str, params: Any, grads: Any, columns: Any, steps: Any) -> None:
     used = [column for column in columns if column]
-    if {len(params)} != {len(c) for c in (params, grads, *used, *([steps] if steps else []))}:
+    if {len(params)} != {len(column) for column in (params, grads, *used)}:
         raise ValueError(f"{name} needs lists of equal lengths; lists it does not use are empty")
     required = columns[:1] if name == "rmsprop_" else columns
     if len([c for c in required if c]) != len(required):
