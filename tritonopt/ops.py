@@ -33,6 +33,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tritonopt import eager, slab
 from tritonopt.device import is_capturing, path
+from tritonopt.gather import Gather, small
 from tritonopt.layout import Guards, is_plain, overlapping, same_layout, why_not_native, why_not_together
 from tritonopt.sweep import Sweep
 
@@ -57,6 +58,7 @@ SCHEMAS = {  # Scalar and not float: a float of a schema is a constant to the co
 RECENT_PLANS = 4
 """For one first parameter: which others have gradients may alternate between a few patterns."""
 
+_ONE = torch.tensor(1.0)
 _library = torch.library.Library("tritonopt", "DEF")
 _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by the first parameter
 
@@ -155,10 +157,14 @@ class Plan:
             i for i, (p, g) in enumerate(zip(params, grads, strict=True))
             if i not in self.loose and (g.is_neg() or not same_layout(g, p))
         ]  # fmt: skip
-        self.updates = [(some, self._native(some)) for some in self._kinds(grads)]
+        self.updates: list[tuple[list[int], Callable[..., None]]] = []
+        for some in self._kinds(grads):
+            self.updates += self._native(some)
         spans, alone = slab.spans([steps], len(steps), 1) if steps else ([], [])
         self.steps = [flat for span in spans for flat in span.flats if flat is not None]
-        self.lone_steps = [steps[index].detach() for index in alone]
+        lone = [steps[index].detach() for index in alone]
+        homes = {(t.device, t.dtype) for t in lone}
+        self.lone_steps = [[t for t in lone if (t.device, t.dtype) == home] for home in homes]
 
     def _is_in_order(self, index: int) -> bool:
         """Whether equal offsets are equal elements in the parameter and its state."""
@@ -175,10 +181,20 @@ class Plan:
                 members.setdefault((param.device, param.dtype, grad.dtype, *dtypes), []).append(index)
         return list(members.values())
 
-    def _native(self, some: list[int]) -> Callable[..., None]:
-        params = [self.params[index] for index in some]
-        columns = [column and [column[index] for index in some] for column in self.columns]
-        return _native(self.name, params, columns)
+    def _native(self, some: list[int]) -> list[tuple[list[int], Callable[..., None]]]:
+        def of(some: list[int]) -> tuple[list[Tensor], list[Any]]:
+            columns = [column and [column[index] for index in some] for column in self.columns]
+            return [self.params[index] for index in some], columns
+
+        update = _native(self.name, *of(some))
+        if not isinstance(update, Sweep):
+            return [(some, update)]
+        gathered = [some[i] for i in small(update, [self.params[index] for index in some])]
+        if not gathered:
+            return [(some, update)]
+        others = [index for index in some if index not in {*gathered}]
+        apart = (gathered, Gather(getattr(eager, self.name), *of(gathered)))
+        return [apart, *([(others, _native(self.name, *of(others)))] if others else [])]
 
     def fits(
         self,
@@ -199,8 +215,8 @@ class Plan:
     def __call__(self, grads: Sequence[Tensor], hyper: dict[str, Any]) -> None:
         for flat in self.steps:
             flat += 1
-        if self.lone_steps:
-            torch._foreach_add_(self.lone_steps, 1)
+        for some in self.lone_steps:
+            torch._foreach_add_(some, _ONE if some[0].is_cpu else 1)  # a number is wrapped each time
         if self.misfits:
             grads = list(grads)
             for index in self.misfits:
@@ -208,8 +224,8 @@ class Plan:
                 grads[index] = like.copy_(grads[index])
         for some, update in self.updates:
             update([grads[index] for index in some], **hyper)
-            if not isinstance(update, Sweep) and not is_capturing(grads[some[0]].device):
-                update.reserve()  # type: ignore[attr-defined]
+            if hasattr(update, "reserve") and not is_capturing(grads[some[0]].device):
+                update.reserve()
         for index in sorted(self.loose):
             self._update_copies(index, grads[index], hyper)
 
