@@ -29,6 +29,7 @@ class Rule(NamedTuple):
     keys: tuple[str, ...]  # of the state a group needs, besides "step"
     all_keys: tuple[str, ...]  # in the order in which the rule takes them
     counts: bool = False  # whether it takes the number of steps, too
+    sweep: Callable[..., Sweep] = Sweep
 
 
 BAD_GRADIENT = "has a gradient of another type, device or shape"
@@ -139,7 +140,7 @@ class Bucket:
         columns = [self.columns.get(key) for key in rule.all_keys]
         self.update: Callable[..., None]
         if path(self.device)[0] == "eager":
-            self.update = Sweep(rule.eager, params, columns)
+            self.update = rule.sweep(rule.eager, params, columns)
         else:
             from tritonopt.kernels import launch
 
@@ -248,7 +249,7 @@ class Layout:
         self.steps = 0  # taken since
 
         members: dict[tuple[Any, ...], list[int]] = {}
-        shared = _overlapping(self.params)
+        shared = overlapping(self.params)
         for index, (param, entry) in enumerate(zip(self.params, self.states, strict=True)):
             if lacking[index] and not why_torch and param.grad is None:
                 continue  # it may be lazy, or moved before its first gradient comes
@@ -298,7 +299,7 @@ class Layout:
         return {home for home in map(slab.find, tensors) if home is not None}
 
 
-def _overlapping(params: Sequence[Tensor]) -> set[int]:
+def overlapping(params: Sequence[Tensor]) -> set[int]:
     """Indices of parameters that share memory: one launch would write it twice at once."""
     ranges = []
     for index, param in enumerate(params):

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritonopt import slab
+from tritonopt import slab, traced
 from tritonopt.describe import table
 from tritonopt.device import is_capturing
 from tritonopt.layout import Layout, Rule, Stale, is_plain, same_layout, why_not_native
+from tritonopt.sweep import Sweep
 
 
 class SlabOptimizer(torch.optim.Optimizer):
     """Mixed in before one of torch's optimizers: validation, texts and old checkpoints are its."""
 
+    _lists: int  # that torch's `_init_group` fills
+    _sweep: Callable[..., Sweep] = Sweep
+    _compile_kwargs: dict[str, Any] | None = None
     _layouts: dict[int, Layout]  # by position in param_groups; a cache, verified at every step
     _options: dict[str, Any] = {}  # that torch does not have, with the values of torch's rule
 
@@ -47,6 +52,8 @@ class SlabOptimizer(torch.optim.Optimizer):
         for group in (self.defaults, *self.param_groups):
             for name, value in self._options.items():
                 group.setdefault(name, value)
+        if self._compile_kwargs is not None:
+            self.compile(**self._compile_kwargs)
 
     # What a subclass says of its rule.
 
@@ -74,6 +81,12 @@ class SlabOptimizer(torch.optim.Optimizer):
 
     def _before_update(self, group: dict[str, Any], layout: Layout) -> None:
         """Called before each update of a group."""
+
+    def _traced_update(
+        self, group: dict[str, Any], native: Any, rest: Any, has_complex: bool
+    ) -> None:
+        """One step of the group in a traced graph: one op for the native lists, torch for the rest."""
+        raise NotImplementedError
 
     def _why_torch(self, group: dict[str, Any]) -> str | None:
         """Why a group is left to torch as a whole; None if it is not."""
@@ -114,6 +127,8 @@ class SlabOptimizer(torch.optim.Optimizer):
             ValueError: an option that torch does not have meets a parameter that is left to torch,
                 or the variant needs a loss and there is none. Nothing has been changed, either.
         """
+        if torch.compiler.is_compiling():
+            return traced.step(self, closure)
         self._accelerator_graph_capture_health_check()
         loss = None
         if closure is not None:
@@ -169,6 +184,48 @@ class SlabOptimizer(torch.optim.Optimizer):
                     if group["capturable"]:
                         bucket.reserve()
 
+    def compile(self, **kwargs: Any) -> None:
+        """From now on :meth:`step` runs compiled code, as :meth:`torch.nn.Module.compile` does for calls.
+
+        What is compiled is the update rule over flat memory: one graph with a handful of inputs for
+        any number of parameters, which a scheduler does not change. It concerns parameters on a CPU,
+        where it fuses the rule into one loop; on an accelerator a step is one kernel anyway.
+
+        Args:
+            kwargs: of :func:`torch.compile`; ``dynamic=True`` unless given.
+
+        Example:
+            >>> optimizer = tritonopt.RMSprop(model.parameters())
+            >>> optimizer.compile()
+            >>> optimizer.step()
+        """
+        from tritonopt.compiled import CompiledSweep
+
+        self._compile_kwargs = kwargs
+        self._sweep = partial(CompiledSweep, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        if self._compile_kwargs is not None:
+            state["_compile_kwargs"] = self._compile_kwargs
+        return state
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
+        """Torch's, and, given twice as many lists, what a traced step works on.
+
+        Dynamo does not trace this method: it runs it while it traces, and knows of every tensor in the
+        lists where it comes from. What must happen eagerly before a step happens here.
+        """
+        count = self._lists
+        if len(lists) == count:
+            return bool(super()._init_group(group, *lists))
+        self._make_state(group, [p for p in group["params"] if p.grad is not None])
+        layout = self._look(next(i for i, g in enumerate(self.param_groups) if g is group))
+        self._before_update(group, layout)
+        traced.fill(layout, lists[:count])
+        rest = {**group, "params": [param for param, _ in layout.fallback]}
+        return bool(super()._init_group(rest, *lists[count:]))
+
     # The layout.
 
     def _current(self, index: int) -> Layout:
@@ -193,14 +250,15 @@ class SlabOptimizer(torch.optim.Optimizer):
         return self._look(index, slabs) if slabs else layout
 
     def _flags(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return self._rule(group), self._why_torch(group), group["capturable"]
+        return self._rule(group), self._sweep, self._why_torch(group), group["capturable"]
 
     def _look(self, index: int, new: Sequence[slab.Slab] = ()) -> Layout:
         """Makes the layout, which holds the slabs it finds in use; `new` ones live until then."""
         group = self.param_groups[index]
         flags, why_torch = self._flags(group), self._why_torch(group)
+        rule = self._rule(group)._replace(sweep=self._sweep)
         with torch.inference_mode(False):
-            layout = Layout(self._rule(group), group, self.state, flags, why_torch)
+            layout = Layout(rule, group, self.state, flags, why_torch)
         self._layouts[index] = layout
         return layout
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, _to_scalar
 from torch.optim.rmsprop import rmsprop
 
-from tritonopt import eager
+from tritonopt import eager, traced
 from tritonopt.layout import Rule
 from tritonopt.optimizer import SlabOptimizer
 
@@ -79,6 +79,7 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
     """
 
     _options = {"initial_scale": 0.0, "bias_correction": False, **dict.fromkeys(_SWITCHES, False)}
+    _lists = 6
 
     def __init__(
         self,
@@ -152,10 +153,21 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
 
     def _torch_update(self, group: dict[str, Any]) -> None:
         lists: list[list[Tensor]] = [[] for _ in range(6)]
-        has_complex = self._init_group(group, *lists)
+        self._functional(group, lists, self._init_group(group, *lists))
+
+    def _functional(self, group: dict[str, Any], lists: Any, has_complex: bool) -> None:
         params, grads, square_avgs, momentum_buffers, grad_avgs, steps = lists
         names = ("lr", *_HYPER, "centered", "foreach", "differentiable", "capturable")
         rmsprop(
             params, grads, square_avgs, grad_avgs, momentum_buffers, steps,
             has_complex=has_complex, **{name: group[name] for name in names},
         )  # fmt: skip
+
+    def _traced_update(
+        self, group: dict[str, Any], native: Any, rest: Any, has_complex: bool
+    ) -> None:
+        if native[0]:
+            hyper = traced.live(self._hyper(group))
+            torch.ops.tritonopt.rmsprop_.tensor_hyper(*native, **hyper)
+        if rest[0]:
+            self._functional(group, rest, has_complex)

@@ -82,6 +82,7 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
     _options = {"variant": "irprop-"}
     _loss: float  # of this step, for "irprop+"
     _loss_rose = False  # since the last one, for the group that is being updated
+    _lists = 5
 
     def __init__(
         self,
@@ -129,7 +130,9 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
 
     def _torch_update(self, group: dict[str, Any]) -> None:
         lists: list[list[Tensor]] = [[] for _ in range(5)]
-        has_complex = self._init_group(group, *lists)
+        self._functional(group, lists, self._init_group(group, *lists))
+
+    def _functional(self, group: dict[str, Any], lists: Any, has_complex: bool) -> None:
         params, grads, prevs, step_sizes, steps = lists
         names = ("foreach", "differentiable", "capturable")
         rprop(
@@ -152,6 +155,13 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         if isinstance(loss, Tensor) and is_capturing(loss.device):
             raise RuntimeError("variant='irprop+' compares losses on the host: no graph can do it")
         self._loss = float(loss.detach() if isinstance(loss, Tensor) else loss)
+    def _traced_update(
+        self, group: dict[str, Any], native: Any, rest: Any, has_complex: bool
+    ) -> None:
+        if native[0]:
+            torch.ops.tritonopt.rprop_(*native, **self._hyper(group))
+        if rest[0]:
+            self._functional(group, rest, has_complex)
 
     # The first step.
 

@@ -29,6 +29,8 @@ class Sweep:
     `columns` has one list of tensors per state of the rule, in its order; None for an unused one.
     """
 
+    piece = PIECE  # of a tensor without neighbours
+
     def __init__(
         self,
         rule: Callable[..., None],
@@ -87,10 +89,10 @@ class Sweep:
                 if steps is not None:
                     hyper["step"] = steps[index]
                 pieces = [
-                    None if column is None else _flat(column[index]).split(PIECE)
+                    None if column is None else _flat(column[index]).split(self.piece)
                     for column in self.columns
                 ]
-                for number, piece in enumerate(_flat(grad).split(PIECE)):
+                for number, piece in enumerate(_flat(grad).split(self.piece)):
                     self._update([p and p[number] for p in pieces], piece, hyper)
 
     def _update(self, flats: list[Tensor | None], grad: Tensor, hyper: dict[str, Any]) -> None:
@@ -125,4 +127,4 @@ def _stretches(
 
 def _flat(tensor: Tensor) -> Tensor:
     """The elements of a dense tensor in the order in which they lie in memory."""
-    return tensor.as_strided((tensor.numel(),), (1,))
+    return tensor.detach().as_strided((tensor.numel(),), (1,))

@@ -1,0 +1,193 @@
+"""The ops against the eager rule: opcheck, any plain tensors, clear errors, no leaks."""
+
+import gc
+
+import pytest
+import torch
+from cases import TORCH
+from torch.library import opcheck
+from torch.optim.rmsprop import rmsprop
+from torch.optim.rprop import rprop
+
+import tritonopt
+
+OPS = torch.ops.tritonopt
+
+
+def arguments(name, shapes=((3, 5), (7,)), dtype=torch.float32, device="cpu", grad=False):
+    """The positional arguments of an op; every list of state in use."""
+
+    def some():
+        return [torch.randn(s, dtype=dtype, device=device) for s in shapes]
+
+    params = [p.requires_grad_(grad) for p in some()]
+    if name == "rmsprop_":
+        states = [[t.square() + 1 for t in some()], [t / 10 for t in some()], some()]
+    else:
+        states = [some(), [t.abs() + 0.1 for t in some()]]
+    return [params, some(), *states, [torch.zeros((), device=device) for _ in shapes]]
+
+
+def copy(arguments):
+    return [[t.detach().clone() for t in column] for column in arguments]
+
+
+def stock_step(name, arguments, **hyper):
+    """The same step by torch's for-loop on the same tensors."""
+    params, grads, *states, steps = arguments
+    if name == "rmsprop_":
+        square_avgs, grad_avgs, momentum_buffers = states
+        hyper = {"lr": 1e-2, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0, "momentum": 0} | hyper
+        rmsprop(
+            params, grads, square_avgs, grad_avgs, momentum_buffers, steps,
+            foreach=False, centered=bool(grad_avgs), **hyper,
+        )  # fmt: skip
+    else:
+        limits = {"etaminus": 0.5, "etaplus": 1.2, "step_size_min": 1e-6, "step_size_max": 50}
+        rprop(*arguments, foreach=False, **limits | hyper)
+
+
+def step(name, arguments, **hyper):
+    with torch.no_grad():
+        getattr(OPS, name)(*arguments, **hyper)
+
+
+HYPER = {"rmsprop_": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}, "rprop_": {}}
+NAMES = sorted(HYPER)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["plain", "requires_grad"])
+@pytest.mark.parametrize(
+    "overload", ["rmsprop_.default", "rmsprop_.tensor_lr", "rmsprop_.tensor_hyper", "rprop_.default"]
+)
+def test_opcheck(overload, grad, device):
+    name, _, kind = overload.partition(".")
+    hyper = HYPER[name]
+    if kind == "tensor_lr":
+        hyper = {**hyper, "lr": torch.tensor(0.1, device=device)}
+    if kind == "tensor_hyper":
+        values = {"lr": 0.1, "alpha": 0.9, "eps": 1e-8, "weight_decay": 0.0, "momentum": 0.9}
+        hyper = {k: torch.tensor(v, dtype=torch.float64) for k, v in values.items()}
+    opcheck(getattr(getattr(OPS, name), kind), arguments(name, device=device, grad=grad), hyper)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shapes", [[()], [(0,), (3,), (0, 2)], [(2, 3)] * 3, [(5,)] * 40])
+def test_equals_torch(name, shapes):
+    ours = arguments(name, shapes)
+    theirs = copy(ours)
+    for _ in range(3):
+        step(name, ours, **HYPER[name])
+        stock_step(name, theirs, **HYPER[name])
+    for left, right in zip(sum(ours, []), sum(theirs, []), strict=True):
+        torch.testing.assert_close(left, right, rtol=2e-6, atol=1e-7)
+
+
+LAYOUTS = {
+    "transposed": lambda t: t.t().contiguous().t(),
+    "every other": lambda t: t.repeat_interleave(2, dim=1)[:, ::2],
+    "view of a larger": lambda t: torch.cat([t, t])[1 : 1 + len(t)].copy_(t),
+}
+
+
+@pytest.mark.parametrize("who", ["all", "param", "grad", "state"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_any_strides(name, layout, who):
+    ours = arguments(name, [(3, 5), (4, 2)])
+    theirs = copy(ours)
+    for number in {"all": range(len(ours) - 1), "param": [0], "grad": [1], "state": [2]}[who]:
+        ours[number] = [LAYOUTS[layout](t) for t in ours[number]]
+    step(name, ours, **HYPER[name])
+    stock_step(name, theirs, **HYPER[name])
+    for left, right in zip(sum(ours, []), sum(theirs, []), strict=True):
+        torch.testing.assert_close(left, right, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mixed_dtypes_in_one_call(name):
+    kinds = [arguments(name, dtype=d) for d in (torch.float32, torch.float64, torch.bfloat16)]
+    ours = [sum(columns, []) for columns in zip(*kinds, strict=True)]
+    theirs = copy(ours)
+    step(name, ours, **HYPER[name])
+    stock_step(name, theirs, **HYPER[name])
+    for left, right in zip(sum(ours, []), sum(theirs, []), strict=True):
+        half = left.dtype == torch.bfloat16  # torch rounds every operation, the op once
+        torch.testing.assert_close(left, right, rtol=2e-2 if half else 2e-6, atol=1e-2 if half else 1e-7)
+
+
+def test_overlapping_parameters_one_after_the_other():
+    base = torch.randn(8)
+    ours = [[base[:6], base[2:]], [torch.ones(6), torch.ones(6)]]
+    ours += [[torch.zeros(6), torch.zeros(6)], [], [], []]
+    theirs = base.clone()
+    for view in (theirs[:6], theirs[2:]):
+        step("rmsprop_", [[view], [torch.ones(6)], [torch.zeros(6)], [], [], []])
+    step("rmsprop_", ours)
+    assert torch.equal(base, theirs)
+
+
+def test_versions_are_bumped():
+    arg = arguments("rprop_")
+    before = [p._version for p in arg[0]]
+    step("rprop_", arg)
+    assert all(p._version > v for p, v in zip(arg[0], before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (lambda a: a[1].pop(), ValueError, "equal lengths"),
+        (lambda a: a[2].clear(), ValueError, "state for every parameter"),
+        (lambda a: a[1].__setitem__(0, torch.ones(2)), ValueError, "size of parameter 0"),
+        (lambda a: a[1].__setitem__(1, a[1][1].double()), NotImplementedError, "mixes dtypes"),
+        (lambda a: a[1].__setitem__(1, a[1][1].to_sparse()), NotImplementedError, "Sparse"),
+        (lambda a: a[0].__setitem__(1, a[0][1].cfloat()), NotImplementedError, "complex64"),
+    ],
+    ids=["lengths", "no state", "size", "dtypes", "sparse", "complex"],
+)
+def test_errors_before_anything_is_written(change, error, text):
+    arg = arguments("rmsprop_")
+    before = copy(arg)
+    change(arg)
+    with pytest.raises(error, match=text):
+        step("rmsprop_", arg)
+    assert torch.equal(arg[0][0], before[0][0])
+
+
+def test_moved_tensors_are_updated_where_they_lie():
+    arg = arguments("rprop_", [(64,)] * 20)
+    step("rprop_", arg)
+    old = [p.clone() for p in arg[0]]
+    for p in arg[0]:
+        p.data = p.data.clone()
+    arg[2] = [t.clone() for t in arg[2]]
+    theirs = copy(arg)
+    step("rprop_", arg)
+    stock_step("rprop_", theirs)
+    assert all(torch.equal(a, b) for a, b in zip(arg[0], theirs[0], strict=True))
+    assert not torch.equal(arg[0][0], old[0])
+
+
+def test_nothing_outlives_its_tensors():
+    gc.collect()
+    before = len(tritonopt.ops._plans)
+    arg = arguments("rprop_")
+    step("rprop_", arg)
+    assert len(tritonopt.ops._plans) == before + 1
+    del arg
+    gc.collect()
+    assert len(tritonopt.ops._plans) == before
+
+
+def test_state_of_stock_optimizers(device):
+    """Without the classes: on what torch.optim made."""
+    params = [torch.nn.Parameter(torch.randn(4, device=device)) for _ in range(2)]
+    optimizer = TORCH["Rprop"](params)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    states = [optimizer.state[p] for p in params]
+    columns = [[s[key] for s in states] for key in ("prev", "step_size", "step")]
+    step("rprop_", [params, [p.grad for p in params], *columns])
+    assert all(float(s["step"]) == 2 for s in states)

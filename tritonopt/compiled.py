@@ -1,0 +1,85 @@
+"""The sweep of `Optimizer.compile()`: Inductor fuses the eager rule to one loop over a flat span.
+
+A graph takes one flat tensor per column, whatever the number of parameters, with dynamic sizes: spans
+and large tensors of all sizes share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonopt.sweep import Sweep
+
+LIVE = ("lr", "momentum")
+"""What schedulers change: tensors of the graph. Other hyperparameters are constants of it."""
+
+_graphs: dict[Any, Callable[..., None]] = {}
+
+
+class CompiledSweep(Sweep):
+    piece = 2**62  # a fused loop needs no pieces that stay in cache
+
+    def __init__(
+        self,
+        rule: Callable[..., None],
+        params: Sequence[Tensor],
+        columns: Sequence[Sequence[Tensor] | None],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(rule, params, columns)
+        self.kwargs = kwargs
+        self._graph: Callable[..., None] | None = None
+
+    def __call__(self, grads: Sequence[Tensor | None], **hyper: Any) -> None:
+        live = {
+            name: torch.tensor(float(hyper.pop(name)), dtype=torch.float64)
+            for name in LIVE
+            if name in hyper
+        }
+        super().__call__(grads, **hyper, **live)
+
+    def _update(self, flats: list[Tensor | None], grad: Tensor, hyper: dict[str, Any]) -> None:
+        if grad.numel() < 2:  # sizes 0 and 1 would each be a graph of their own
+            hyper = {k: float(v) if isinstance(v, Tensor) else v for k, v in hyper.items()}
+            return super()._update(flats, grad, hyper)
+        if self._graph is None:
+            dtypes = [flat if flat is None else flat.dtype for flat in (*flats, grad)]
+            self._graph = _graph(self.rule, dtypes, hyper, self.kwargs)
+        self._graph(self.rule, self.dtype, flats, grad, hyper)
+
+
+def _graph(
+    rule: Callable[..., None], dtypes: list[Any], hyper: dict[str, Any], kwargs: dict[str, Any]
+) -> Callable[..., None]:
+    """A compiled update, shared by all optimizers of the same dtypes, constants and options.
+
+    Each has a code object of its own: dynamo limits the graphs per code object, and would run
+    what is beyond the limit without compiling it.
+    """
+    constants = tuple((k, v) for k, v in hyper.items() if not isinstance(v, Tensor))
+    options = tuple(sorted((name, repr(value)) for name, value in kwargs.items()))
+    key = (rule, tuple(dtypes), constants, options)
+    if key not in _graphs:
+        function = FunctionType(update.__code__.replace(), globals(), update.__name__)
+        _graphs[key] = torch.compile(function, **{"dynamic": True, **kwargs})
+    return _graphs[key]
+
+
+def update(
+    rule: Callable[..., None],
+    dtype: torch.dtype,
+    flats: list[Tensor | None],
+    grad: Tensor,
+    hyper: dict[str, Any],
+) -> None:
+    """One step in the compute dtype; Inductor makes the copies part of the loop."""
+    work = [None if flat is None else flat.to(dtype) for flat in flats]
+    rule(work[0], grad.to(dtype), *work[1:], (None, None), **hyper)
+    for flat, computed in zip(flats, work, strict=True):
+        if flat is not None and computed is not None and computed.dtype != flat.dtype:
+            flat.copy_(computed)
