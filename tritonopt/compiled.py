@@ -15,15 +15,13 @@ from torch import Tensor
 
 from tritonopt.sweep import Sweep
 
-LIVE = ("lr", "momentum")
-"""What schedulers change: tensors of the graph. Other hyperparameters are constants of it."""
+LIVE = ("lr", "momentum", "step")
+"""What changes from step to step: tensors of the graph. Other hyperparameters are its constants."""
 
 _graphs: dict[Any, Callable[..., None]] = {}
 
 
 class CompiledSweep(Sweep):
-    piece = 2**62  # a fused loop needs no pieces that stay in cache
-
     def __init__(
         self,
         rule: Callable[..., None],
@@ -32,21 +30,17 @@ class CompiledSweep(Sweep):
         **kwargs: Any,
     ) -> None:
         super().__init__(rule, params, columns)
+        self.piece = 2**62  # a fused loop needs no pieces that stay in cache
         self.kwargs = kwargs
         self._graph: Callable[..., None] | None = None
 
-    def __call__(self, grads: Sequence[Tensor | None], **hyper: Any) -> None:
-        live = {
-            name: torch.tensor(float(hyper.pop(name)), dtype=torch.float64)
-            for name in LIVE
-            if name in hyper
-        }
-        super().__call__(grads, **hyper, **live)
-
     def _update(self, flats: list[Tensor | None], grad: Tensor, hyper: dict[str, Any]) -> None:
         if grad.numel() < 2:  # sizes 0 and 1 would each be a graph of their own
-            hyper = {k: float(v) if isinstance(v, Tensor) else v for k, v in hyper.items()}
             return super()._update(flats, grad, hyper)
+        hyper = {
+            name: torch.tensor(float(value), dtype=torch.float64) if name in LIVE else value
+            for name, value in hyper.items()
+        }
         if self._graph is None:
             dtypes = [flat if flat is None else flat.dtype for flat in (*flats, grad)]
             self._graph = _graph(self.rule, dtypes, hyper, self.kwargs)

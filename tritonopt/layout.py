@@ -203,11 +203,7 @@ class Bucket:
     def counts(self) -> float | Tensor:
         """The number of steps: of all parameters if it is one and the host knows it, or of each."""
         flat = self._steps[0].flats[0] if len(self._steps) == 1 and not self._lone_steps else None
-        counts = torch.stack(self.columns["step"]) if flat is None else flat
-        if not counts.is_cpu:
-            return counts
-        low, high = torch.aminmax(counts)
-        return float(low) if low == high else counts
+        return common_count(self.columns["step"] if flat is None else flat)
 
     def step(self, grads: list[Tensor | None], hyper: dict[str, Any]) -> None:
         self.count(grads)
@@ -227,6 +223,15 @@ class Bucket:
         """Read parameter, gradient and state, write parameter and state."""
         states = [column[0].itemsize for key, column in self.columns.items() if key != "step"]
         return 2 * self.dtype.itemsize + self.grad_dtype.itemsize + 2 * sum(states)
+
+
+def common_count(steps: Sequence[Tensor] | Tensor) -> float | Tensor:
+    """The number of steps that all took, if the host knows it and it is one; else that of each."""
+    counts = steps if isinstance(steps, Tensor) else torch.stack(list(steps))
+    if not counts.is_cpu:
+        return counts
+    low, high = torch.aminmax(counts)
+    return float(low) if low == high else counts
 
 
 class Layout:

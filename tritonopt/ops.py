@@ -34,25 +34,37 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tritonopt import eager, slab
 from tritonopt.device import is_capturing, path
 from tritonopt.gather import Gather, small
-from tritonopt.layout import Guards, is_plain, overlapping, same_layout, why_not_native, why_not_together
+from tritonopt.layout import (
+    Guards,
+    common_count,
+    is_plain,
+    overlapping,
+    same_layout,
+    why_not_native,
+    why_not_together,
+)
 from tritonopt.sweep import Sweep
 
 _RMSPROP = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] grad_avgs, "
     "Tensor(d!)[] momentum_buffers, Tensor(e!)[] state_steps, *, "
 )
+_SWITCHES = (
+    "bool maximize=False, bool eps_in_sqrt=False, bool lr_in_momentum=False, "
+    "bool nesterov=False, bool decoupled_weight_decay=False, bool bias_correction=False) -> ()"
+)
 _SCALARS = (
-    "Scalar alpha=0.99, Scalar eps=1e-8, Scalar weight_decay=0, Scalar momentum=0, "
-    "bool maximize=False) -> ()"
+    f"Scalar alpha=0.99, Scalar eps=1e-8, Scalar weight_decay=0, Scalar momentum=0, {_SWITCHES}"
 )
 SCHEMAS = {  # Scalar and not float: a float of a schema is a constant to the compiler
     "rmsprop_": f"{_RMSPROP}Scalar lr=1e-2, {_SCALARS}",
     "rmsprop_.tensor_lr": f"{_RMSPROP}Tensor lr, {_SCALARS}",
     "rmsprop_.tensor_hyper": f"{_RMSPROP}Tensor lr, Tensor alpha, Tensor eps, "
-    "Tensor weight_decay, Tensor momentum, bool maximize=False) -> ()",
+    f"Tensor weight_decay, Tensor momentum, {_SWITCHES}",
     "rprop_": "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] prevs, Tensor(c!)[] step_sizes, "
     "Tensor(d!)[] state_steps, *, Scalar etaminus=0.5, Scalar etaplus=1.2, "
-    "Scalar step_size_min=1e-6, Scalar step_size_max=50, bool maximize=False) -> ()",
+    "Scalar step_size_min=1e-6, Scalar step_size_max=50, bool maximize=False, "
+    'str variant="irprop-", bool loss_rose=False) -> ()',
 }
 
 RECENT_PLANS = 4
@@ -77,13 +89,15 @@ def rmsprop_(
     weight_decay: float | Tensor = 0.0,
     momentum: float | Tensor = 0.0,
     maximize: bool = False,
+    bias_correction: bool = False,
+    **switches: bool,
 ) -> None:
     columns = [square_avgs, grad_avgs, momentum_buffers]
     _update(
         "rmsprop_", params, grads, columns, state_steps,
         lr=lr if isinstance(lr, Tensor) and not lr.is_cpu else float(lr),
         alpha=float(alpha), eps=float(eps), weight_decay=float(weight_decay),
-        momentum=float(momentum), maximize=maximize,
+        momentum=float(momentum), maximize=maximize, counts=bias_correction, **switches,
     )  # fmt: skip
 
 
@@ -99,11 +113,14 @@ def rprop_(
     step_size_min: float = 1e-6,
     step_size_max: float = 50.0,
     maximize: bool = False,
+    variant: str = "irprop-",
+    loss_rose: bool = False,
 ) -> None:
     _update(
         "rprop_", params, grads, [prevs, step_sizes], state_steps,
         etaminus=float(etaminus), etaplus=float(etaplus), step_size_min=float(step_size_min),
-        step_size_max=float(step_size_max), maximize=maximize,
+        step_size_max=float(step_size_max), maximize=maximize, variant=variant,
+        loss_rose=loss_rose,
     )  # fmt: skip
 
 
@@ -113,6 +130,7 @@ def _update(
     grads: list[Tensor],
     columns: list[list[Tensor]],
     steps: list[Tensor],
+    counts: bool = False,
     **hyper: Any,
 ) -> None:
     if not params:
@@ -123,7 +141,7 @@ def _update(
         plan = Plan(name, params, grads, columns, steps)
         recent.insert(0, plan)
         del recent[RECENT_PLANS:]
-    plan(grads, hyper)
+    plan(grads, hyper, counts)
     torch.autograd.graph.increment_version(params)  # a later backward must notice
 
 
@@ -164,6 +182,7 @@ class Plan:
         self.steps = [flat for span in spans for flat in span.flats if flat is not None]
         lone = [steps[index].detach() for index in alone]
         homes = {(t.device, t.dtype) for t in lone}
+        self.counts = [t.detach() for t in steps]
         self.lone_steps = [[t for t in lone if (t.device, t.dtype) == home] for home in homes]
 
     def _is_in_order(self, index: int) -> bool:
@@ -212,7 +231,7 @@ class Plan:
         tensors += grads
         return self.guards.fit(tensors) or list(map(_look, tensors)) == self.looks
 
-    def __call__(self, grads: Sequence[Tensor], hyper: dict[str, Any]) -> None:
+    def __call__(self, grads: Sequence[Tensor], hyper: dict[str, Any], counts: bool) -> None:
         for flat in self.steps:
             flat += 1
         for some in self.lone_steps:
@@ -223,11 +242,13 @@ class Plan:
                 like = torch.empty_like(self.params[index], dtype=grads[index].dtype)
                 grads[index] = like.copy_(grads[index])
         for some, update in self.updates:
-            update([grads[index] for index in some], **hyper)
+            step = {"step": common_count([self.counts[i] for i in some])} if counts else {}
+            update([grads[index] for index in some], **hyper, **step)
             if hasattr(update, "reserve") and not is_capturing(grads[some[0]].device):
                 update.reserve()
         for index in sorted(self.loose):
-            self._update_copies(index, grads[index], hyper)
+            step = {"step": common_count([self.counts[index]])} if counts else {}
+            self._update_copies(index, grads[index], {**hyper, **step})
 
     def _update_copies(self, index: int, grad: Tensor, hyper: dict[str, Any]) -> None:
         param, states = self.params[index], [c and c[index] for c in self.columns]

@@ -75,6 +75,9 @@ class SlabOptimizer(torch.optim.Optimizer):
     def _see_loss(self, loss: Any) -> None:
         """Called once per step, before anything is updated, with what the closure returned."""
 
+    def _check_traced(self, group: dict[str, Any]) -> None:
+        """Raises where a traced graph could not do what the group asks of it."""
+
     def _is_as_new(self, entry: dict[str, Any]) -> bool:
         """Whether state is as it was made."""
         return not any(bool(tensor.any()) for tensor in entry.values())
@@ -219,8 +222,12 @@ class SlabOptimizer(torch.optim.Optimizer):
         count = self._lists
         if len(lists) == count:
             return bool(super()._init_group(group, *lists))
-        self._make_state(group, [p for p in group["params"] if p.grad is not None])
-        layout = self._look(next(i for i, g in enumerate(self.param_groups) if g is group))
+        self._check(group)
+        self._check_traced(group)
+        index = next(i for i, g in enumerate(self.param_groups) if g is group)
+        slabs = self._make_state(group, [p for p in group["params"] if p.grad is not None])
+        layout = self._look(index, slabs)
+        self._check_fallback(index, layout)
         self._before_update(group, layout)
         traced.fill(layout, lists[:count])
         rest = {**group, "params": [param for param, _ in layout.fallback]}

@@ -168,6 +168,7 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
     ) -> None:
         if native[0]:
             hyper = traced.live(self._hyper(group))
+            hyper["bias_correction"] = group["bias_correction"]
             torch.ops.tritonopt.rmsprop_.tensor_hyper(*native, **hyper)
         if rest[0]:
             self._functional(group, rest, has_complex)

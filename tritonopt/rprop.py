@@ -147,6 +147,13 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
             self.param_groups[index].setdefault("last_loss", None)
         super()._begin(index)
 
+    def _check_traced(self, group: dict[str, Any]) -> None:
+        if group["variant"] == "irprop+":
+            raise ValueError(
+                "variant='irprop+' compares losses on the host, which torch.compile cannot trace: "
+                "call optimizer.compile() and step eagerly"
+            )
+
     def _see_loss(self, loss: Any) -> None:
         if all(group["variant"] != "irprop+" for group in self.param_groups):
             return

@@ -29,8 +29,6 @@ class Sweep:
     `columns` has one list of tensors per state of the rule, in its order; None for an unused one.
     """
 
-    piece = PIECE  # of a tensor without neighbours
-
     def __init__(
         self,
         rule: Callable[..., None],
@@ -38,6 +36,7 @@ class Sweep:
         columns: Sequence[Sequence[Tensor] | None],
     ) -> None:
         self.rule = rule
+        self.piece = PIECE  # of a tensor without neighbours
         self.columns = [params, *columns]
         self.dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
         self.spans, self.alone = slab.spans(self.columns, PIECE, GATHERED)
