@@ -1,0 +1,313 @@
+"""The backend: every stock configuration is recognised and equals eager; what is not is not touched."""
+
+import contextlib
+from importlib.metadata import entry_points
+
+import pytest
+import torch
+from cases import TORCH
+from torch.optim.rmsprop import rmsprop
+from torch.optim.rprop import rprop
+
+from tritonopt import backend
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    with torch.compiler.config.patch(force_disable_caches=True):
+        yield
+    torch._dynamo.reset()
+
+
+@contextlib.contextmanager
+def listen():
+    reports = backend.Explanation()
+    backend._listeners.append(reports)
+    try:
+        yield reports
+    finally:
+        backend._listeners.remove(reports)
+
+
+STOCK = [
+    *[("RMSprop", kwargs) for kwargs in (
+        {}, {"momentum": 0.9}, {"centered": True}, {"weight_decay": 0.1}, {"maximize": True},
+        {"weight_decay": 0.1, "maximize": True}, {"momentum": 0.9, "centered": True},
+        {"alpha": 0.5, "eps": 1e-3, "weight_decay": 1},
+        {"momentum": 0.9, "centered": True, "weight_decay": 0.1, "maximize": True},
+    )],
+    *[("Rprop", kwargs) for kwargs in (
+        {}, {"maximize": True}, {"etas": (0.1, 1.7), "step_sizes": (1e-3, 0.1)},
+    )],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True], ids=["float lr", "tensor lr"])
+@pytest.mark.parametrize("foreach", [False, True], ids=["loop", "foreach"])
+@pytest.mark.parametrize(("name", "kwargs"), STOCK, ids=str)
+def test_stock_step(name, kwargs, foreach, tensor_lr, device):
+    """Equal to eager over steps with a schedule, missing gradients and all of the state."""
+    lr = torch.tensor(0.01, device=device) if tensor_lr else 0.01
+    shapes = [(3, 5), (), (7,)]
+    params = [torch.nn.Parameter(torch.randn(s, device=device)) for s in shapes]
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    compiled = TORCH[name](params, lr=lr, foreach=foreach, **kwargs)
+    eager = TORCH[name](copies, lr=lr, foreach=False, **kwargs)
+    step = torch.compile(compiled.step, backend="tritonopt")
+    with listen() as reports:
+        for number in range(5):
+            for index, (p, q) in enumerate(zip(params, copies, strict=True)):
+                p.grad = None if (number, index) == (3, 1) else torch.randn_like(p)
+                q.grad = None if p.grad is None else p.grad.clone()
+            step()
+            eager.step()
+            for optimizer in (compiled, eager):
+                optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"] * 0.9
+    assert reports and all(len(r.replaced) == 1 and not r.left for r in reports), str(reports)
+    for p, q in zip(params, copies, strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-7)
+        for key, value in eager.state[q].items():
+            torch.testing.assert_close(compiled.state[p][key], value, rtol=2e-6, atol=1e-7)
+
+
+HYPER = {
+    "lr": 0.01, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0.0, "momentum": 0.0, "centered": False
+}  # fmt: skip
+ETAS = {"etaminus": 0.5, "etaplus": 1.2, "step_size_min": 1e-6, "step_size_max": 50.0}
+
+
+def read_before_and_after(p, g, v, s, n):
+    before = sum(t.sum() for t in p)
+    rmsprop(p, g, v, [], [], n, foreach=True, **HYPER)
+    return before, sum((t * 3).sum() for t in p)
+
+
+def clip_then_zero(p, g, v, s, n):
+    norm = torch.stack([t.norm() for t in g]).norm()
+    torch._foreach_mul_(g, 1 / (norm + 1))
+    rmsprop(p, g, v, [], [], n, foreach=False, **HYPER)
+    for t in g:
+        t.zero_()
+    return (norm,)
+
+
+def computed_gradients(p, g, v, s, n):
+    gradients = [(t * t + t).cos() * 0.5 for t in p]
+    rmsprop(p, gradients, v, [], s, n, foreach=False, **{**HYPER, "momentum": 0.9})
+    return ()
+
+
+def model_and_step(p, g, v, s, n):
+    loss = torch.nn.functional.linear(g[0], p[0]).relu().sum()
+    with torch.no_grad():
+        rmsprop(p, g, v, [], [], n, foreach=False, **HYPER)
+    return (loss,)
+
+
+def returns_parameter(p, g, v, s, n):
+    rmsprop(p, g, v, [], [], n, foreach=False, **HYPER)
+    return (p[0] * 1,)
+
+
+def masks(p, g, v, s, n):
+    rprop(p, g, s, v, n, foreach=False, capturable=False, **ETAS)
+    return ()
+
+
+def masks_foreach(p, g, v, s, n):
+    rprop(p, g, s, v, n, foreach=True, capturable=False, maximize=True, **ETAS)
+    return ()
+
+
+def two_groups(p, g, v, s, n):
+    rmsprop(p[:1], g[:1], v[:1], [], [], n[:1], foreach=True, **HYPER)
+    rmsprop(p[1:], g[1:], v[1:], [], [], n[1:], foreach=True, **{**HYPER, "lr": 0.1})
+    return ()
+
+
+def without_steps(p, g, v, s, n):
+    for a, b, c in zip(p, g, v, strict=True):
+        c.mul_(0.99).addcmul_(b, b, value=1 - 0.99)
+        a.addcdiv_(b, c.sqrt().add_(1e-8), value=-0.01)
+    return ()
+
+
+RECOGNISED = {
+    read_before_and_after: 3, clip_then_zero: 3, computed_gradients: 3, model_and_step: 3,
+    returns_parameter: 3, masks: 3, masks_foreach: 3, two_groups: 3, without_steps: 3,
+}  # fmt: skip
+
+
+def other_weight(p, g, v, s, n):
+    for a, b, c in zip(p, g, v, strict=True):
+        c.mul_(0.9).addcmul_(b, b, value=0.2)
+        a.addcdiv_(b, c.sqrt().add_(1e-8), value=-0.01)
+    return ()
+
+
+def other_gradient(p, g, v, s, n):
+    for a, b, c, d in zip(p, g, v, s, strict=True):
+        c.mul_(0.9).addcmul_(d, d, value=1 - 0.9)
+        a.addcdiv_(b, c.sqrt().add_(1e-8), value=-0.01)
+    return ()
+
+
+def twice(p, g, v, s, n):
+    for _ in range(2):
+        rmsprop(p, g, v, [], [], n, foreach=True, **HYPER)
+    return ()
+
+
+def intermediate_escapes(p, g, v, s, n):
+    out = []
+    for a, b, c in zip(p, g, v, strict=True):
+        c.mul_(0.99).addcmul_(b, b, value=1 - 0.99)
+        out.append(c.sum())
+        avg = c.sqrt().add_(1e-8)
+        a.addcdiv_(b, avg, value=-0.01)
+    return out
+
+
+def views(p, g, v, s, n):
+    flat = [[t.view(-1) for t in column] for column in (p, g, v)]
+    rmsprop(*flat, [], [], n, foreach=False, **HYPER)
+    return ()
+
+
+def state_is_shared(p, g, v, s, n):
+    rmsprop(p, g, [v[0]] * 3, [], [], n, foreach=False, **HYPER)
+    return ()
+
+
+def written_again(p, g, v, s, n):
+    rmsprop(p, g, v, [], [], n, foreach=False, **HYPER)
+    for t in (*p, *v):
+        t.mul_(2)
+    return ()
+
+
+def gradient_changes_in_between(p, g, v, s, n):
+    for a, b, c in zip(p, g, v, strict=True):
+        c.mul_(0.99).addcmul_(b, b, value=1 - 0.99)
+        b.mul_(2)
+        a.addcdiv_(b, c.sqrt().add_(1e-8), value=-0.01)
+    return ()
+
+
+def complex_parameters(p, g, v, s, n):
+    lists = [[torch.view_as_complex(t) for t in column] for column in (p, g, v)]
+    rmsprop(*lists, [], [], n, foreach=False, has_complex=True, **HYPER)
+    return ()
+
+
+def sgd(p, g, v, s, n):
+    torch._foreach_add_(p, g, alpha=-0.1)
+    return ()
+
+
+def read_between_two(p, g, v, s, n):
+    rmsprop(p[:1], g[:1], v[:1], [], [], n[:1], foreach=False, **HYPER)
+    between = p[0].sum()
+    rmsprop(p[1:], g[1:], v[1:], [], [], n[1:], foreach=False, **HYPER)
+    return (between,)
+
+
+NOT_RECOGNISED = {
+    other_weight: 0, other_gradient: 0, twice: 0, intermediate_escapes: 0, views: 0,
+    state_is_shared: 0, written_again: 0, gradient_changes_in_between: 0, complex_parameters: 0,
+    sgd: 0, read_between_two: 2,
+}  # fmt: skip
+
+
+def tensors(dtype=torch.float32):
+    torch.manual_seed(0)
+    columns = [[torch.randn(4, 2, dtype=dtype) for _ in range(3)] for _ in range(4)]
+    columns[2] = [t.square() for t in columns[2]]
+    return [*columns, [torch.zeros(()) for _ in range(3)]]
+
+
+@pytest.mark.parametrize(
+    ("function", "count"),
+    {**RECOGNISED, **NOT_RECOGNISED}.items(),
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_other_graphs(function, count):
+    compiled = torch.compile(function, backend="tritonopt", fullgraph=True)
+    ours, theirs = tensors(), tensors()
+    with listen() as reports:
+        result, expected = compiled(*ours), function(*theirs)
+    for left, right in zip(sum(ours, []), sum(theirs, []), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+    for left, right in zip(result, expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+    (report,) = reports
+    assert sum(int(line.split()[2]) for line in report.replaced) == count, str(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(dtype):
+    compiled = torch.compile(without_steps, backend="tritonopt", fullgraph=True)
+    ours, theirs = tensors(dtype), tensors(dtype)
+    with listen() as reports:
+        compiled(*ours), without_steps(*theirs)
+    tolerance = {"rtol": 3e-2, "atol": 1e-2} if dtype.itemsize == 2 else {"rtol": 1e-12, "atol": 0}
+    for left, right in zip(sum(ours, []), sum(theirs, []), strict=True):
+        torch.testing.assert_close(left, right, **tolerance)
+    assert reports[0].replaced
+
+
+def test_options_reach_inductor(monkeypatch):
+    seen = []
+    compile_fx = torch._inductor.compile_fx.compile_fx
+
+    def spy(module, inputs, config_patches=None, **kwargs):
+        seen.append(config_patches)
+        return compile_fx(module, inputs, config_patches=config_patches, **kwargs)
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", spy)
+    for kwargs in ({"mode": "max-autotune-no-cudagraphs"}, {"options": {"max_fusion_size": 3}}):
+        torch._dynamo.reset()
+        torch.compile(torch.sin, backend="tritonopt", **kwargs)(torch.ones(3))
+    assert seen[0]["max_autotune"] and seen[1] == {"max_fusion_size": 3}
+
+
+def test_training_step_of_a_model():
+    """Forward, backward and a stock step in one compiled function, against eager."""
+
+    def train(model, optimizer, x):
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+        optimizer = torch.optim.RMSprop(model.parameters(), lr=0.01, momentum=0.5)
+        run = torch.compile(train, backend="tritonopt") if compiled else train
+        with listen() as reports:
+            losses.append([float(run(model, optimizer, torch.randn(6, 4).sin())) for _ in range(4)])
+    assert any(r.replaced for r in reports), str(reports)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-6)
+
+
+def test_is_a_named_backend():
+    assert "tritonopt" in torch._dynamo.list_backends()
+    (point,) = entry_points(group="torch_dynamo_backends", name="tritonopt")
+    assert point.load() is backend.tritonopt
+
+
+def test_explain():
+    params = [torch.nn.Parameter(torch.randn(3)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.randn(3)
+    text = str(backend.explain(torch.optim.RMSprop(params, momentum=0.9, foreach=True).step))
+    assert "replaced: RMSprop of 2 parameters" in text and "momentum=0.9" in text
+    text = str(backend.explain(torch.optim.SGD(params, foreach=True).step))
+    assert "left to Inductor: 2 x a write that is no step of RMSprop or Rprop" in text
+    text = str(backend.explain(read_between_two, *tensors()))
+    assert "RMSprop, but its tensors are used while it runs" in text
