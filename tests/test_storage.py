@@ -556,6 +556,7 @@ LAYOUTS = {
     "strides of size 1": lambda: strided((1, 5, 1), (7, 1, 3)),
     "not dense": lambda: torch.randn(6, 8)[:, ::2],
     "rows with gaps": lambda: torch.randn(6, 8)[:, :5],
+    "lazily negated": lambda: torch._neg_view(torch.randn(2000)),
     "0-dim": lambda: torch.randn(()),
     "empty": lambda: torch.randn(0),
     "empty, 2-dim": lambda: torch.randn(3, 0),

@@ -68,6 +68,8 @@ def why_not_native(param: Tensor) -> str | None:
         return f"is {param.dtype}".replace("torch.", "")
     if not slab.is_dense(param):
         return "is not dense"
+    if param.is_neg():
+        return "is lazily negated"
     kind, name = path(param.device)
     return None if kind else name
 
@@ -75,7 +77,7 @@ def why_not_native(param: Tensor) -> str | None:
 def why_not_together(param: Tensor, grad: Tensor | None, states: Sequence[Tensor]) -> str | None:
     """Why a parameter that has state is left to torch; None if a launch can take it."""
     for tensor in states:
-        if not isinstance(tensor, Tensor) or not is_plain(tensor):
+        if not isinstance(tensor, Tensor) or not is_plain(tensor) or tensor.is_neg():
             return "has state that is not a plain tensor"
         if tensor.device != param.device:
             return f"has state on {tensor.device}"
@@ -150,7 +152,7 @@ class Bucket:
         return list(map(Tensor.data_ptr, self.tensors))
 
     def _geometry(self) -> list[tuple[Any, ...]]:
-        return [(t.dtype, t.device, t.size(), t.stride()) for t in self.tensors]
+        return [(t.dtype, t.device, t.size(), t.stride(), t.is_neg()) for t in self.tensors]
 
     def holds(self) -> bool:
         """Whether every parameter and state tensor still lies where it lay, and as it lay."""
