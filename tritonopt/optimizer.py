@@ -93,6 +93,7 @@ class SlabOptimizer(torch.optim.Optimizer):
         if torch.compiler.is_compiling():
             return traced.step(self, closure)
         self._accelerator_graph_capture_health_check()
+        self._opt_called = True
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -102,6 +103,9 @@ class SlabOptimizer(torch.optim.Optimizer):
             for group, (layout, gradients) in zip(self.param_groups, work, strict=True):
                 self._update(group, layout, gradients)
         return loss
+
+    # A scheduler wraps a step without this mark, to set `_opt_called`, in a file that dynamo skips.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def _examine(self, index: int) -> tuple[Layout, list[list[Tensor | None] | None]]:
         """The group's layout as it is now, and the gradients of each of its buckets."""
@@ -169,8 +173,8 @@ class SlabOptimizer(torch.optim.Optimizer):
         self._make_state(group, [p for p in group["params"] if p.grad is not None])
         layout = self._look(next(i for i, g in enumerate(self.param_groups) if g is group))
         self._before_update(group, layout)
-        traced.fill(layout, lists[:count])
-        rest = {**group, "params": [param for param, _ in layout.fallback]}
+        rest = {**group, "params": traced.fill(layout, lists[:count])}
+        self._opt_called = True
         return bool(super()._init_group(rest, *lists[count:]))
 
     # The layout.
