@@ -133,9 +133,16 @@ def without_steps(p, g, v, s, n):
     return ()
 
 
+def complex_parameters(p, g, v, s, n):
+    lists = [[torch.view_as_complex(t) for t in column] for column in (p, g, v)]
+    rmsprop(*lists, [], [], n, foreach=False, has_complex=True, **HYPER)
+    return ()
+
+
 RECOGNISED = {
     read_before_and_after: 3, clip_then_zero: 3, computed_gradients: 3, model_and_step: 3,
     returns_parameter: 3, masks: 3, masks_foreach: 3, two_groups: 3, without_steps: 3,
+    complex_parameters: 3,
 }  # fmt: skip
 
 
@@ -195,12 +202,6 @@ def gradient_changes_in_between(p, g, v, s, n):
     return ()
 
 
-def complex_parameters(p, g, v, s, n):
-    lists = [[torch.view_as_complex(t) for t in column] for column in (p, g, v)]
-    rmsprop(*lists, [], [], n, foreach=False, has_complex=True, **HYPER)
-    return ()
-
-
 def sgd(p, g, v, s, n):
     torch._foreach_add_(p, g, alpha=-0.1)
     return ()
@@ -215,7 +216,7 @@ def read_between_two(p, g, v, s, n):
 
 NOT_RECOGNISED = {
     other_weight: 0, other_gradient: 0, twice: 0, intermediate_escapes: 0, views: 0,
-    state_is_shared: 0, written_again: 0, gradient_changes_in_between: 0, complex_parameters: 0,
+    state_is_shared: 0, written_again: 0, gradient_changes_in_between: 0,
     sgd: 0, read_between_two: 2,
 }  # fmt: skip
 
@@ -263,14 +264,15 @@ def test_options_reach_inductor(monkeypatch):
     compile_fx = torch._inductor.compile_fx.compile_fx
 
     def spy(module, inputs, config_patches=None, **kwargs):
-        seen.append(config_patches)
+        seen.append(config_patches or {})
         return compile_fx(module, inputs, config_patches=config_patches, **kwargs)
 
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", spy)
     for kwargs in ({"mode": "max-autotune-no-cudagraphs"}, {"options": {"max_fusion_size": 3}}):
         torch._dynamo.reset()
         torch.compile(torch.sin, backend="tritonopt", **kwargs)(torch.ones(3))
-    assert seen[0]["max_autotune"] and seen[1] == {"max_fusion_size": 3}
+    assert any(patches.get("max_autotune") for patches in seen)
+    assert {"max_fusion_size": 3} in seen
 
 
 def test_training_step_of_a_model():
@@ -290,7 +292,8 @@ def test_training_step_of_a_model():
         optimizer = torch.optim.RMSprop(model.parameters(), lr=0.01, momentum=0.5)
         run = torch.compile(train, backend="tritonopt") if compiled else train
         with listen() as reports:
-            losses.append([float(run(model, optimizer, torch.randn(6, 4).sin())) for _ in range(4)])
+            batches = [torch.randn(6, 4) for _ in range(4)]
+            losses.append([float(run(model, optimizer, x).detach()) for x in batches])
     assert any(r.replaced for r in reports), str(reports)
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-6)
 

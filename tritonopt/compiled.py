@@ -44,7 +44,9 @@ class CompiledSweep(Sweep):
         if self._graph is None:
             dtypes = [flat if flat is None else flat.dtype for flat in (*flats, grad)]
             self._graph = _graph(self.rule, dtypes, hyper, self.kwargs)
-        self._graph(self.rule, self.dtype, flats, grad, hyper)
+        # Not as views: guards on what they are views of would tell spans from large tensors.
+        bare = [flat if flat is None else flat.data for flat in flats]
+        self._graph(self.rule, self.dtype, bare, grad.data, hyper)
 
 
 def _graph(

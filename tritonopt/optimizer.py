@@ -133,6 +133,7 @@ class SlabOptimizer(torch.optim.Optimizer):
         if torch.compiler.is_compiling():
             return traced.step(self, closure)
         self._accelerator_graph_capture_health_check()
+        self._opt_called = True
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -145,6 +146,9 @@ class SlabOptimizer(torch.optim.Optimizer):
             for group, (layout, gradients) in zip(self.param_groups, work, strict=True):
                 self._update(group, layout, gradients)
         return loss
+
+    # A scheduler wraps a step without this mark, to set `_opt_called`, in a file that dynamo skips.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     def _examine(self, index: int) -> tuple[Layout, list[list[Tensor | None] | None]]:
         """The group's layout as it is now, and the gradients of each of its buckets."""
@@ -231,8 +235,8 @@ class SlabOptimizer(torch.optim.Optimizer):
         layout = self._look(index, slabs)
         self._check_fallback(index, layout)
         self._before_update(group, layout)
-        traced.fill(layout, lists[:count])
-        rest = {**group, "params": [param for param, _ in layout.fallback]}
+        rest = {**group, "params": traced.fill(layout, lists[:count])}
+        self._opt_called = True
         return bool(super()._init_group(rest, *lists[count:]))
 
     # The layout.

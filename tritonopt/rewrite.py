@@ -207,6 +207,9 @@ class Rewrite:
                 looks.setdefault(memory, []).append(self.trace.position[node])
         for segment in replaced:
             first, end = self.trace.position[segment.writes[0]], ends[id(segment)]
+            tensor = self.trace.tensor(self.trace.holders[segment.memory])
+            if tensor is not None and tensor.dim() == 0:  # see `tritonopt.traced.fill`
+                first = 0
             if any(first <= here <= end for here in looks.get(segment.memory, ())):
                 bad.add(id(segment))
         return bad

@@ -126,4 +126,4 @@ def _stretches(
 
 def _flat(tensor: Tensor) -> Tensor:
     """The elements of a dense tensor in the order in which they lie in memory."""
-    return tensor.detach().as_strided((tensor.numel(),), (1,))
+    return tensor.as_strided((tensor.numel(),), (1,))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tritonopt.layout import Layout
 
@@ -25,27 +26,50 @@ def step(optimizer: Any, closure: Callable[[], Any] | None) -> Any:
             rest: list[list[Any]] = [[] for _ in range(optimizer._lists)]
             has_complex = optimizer._init_group(group, *native, *rest)
             group = {**group, "foreach": group["foreach"] or False}
+            pairs = detour(native)
             optimizer._traced_update(group, native, rest, has_complex)
+            for tensor, copy in pairs:
+                tensor.copy_(copy)
     return loss
 
 
-def fill(layout: Layout, lists: Sequence[list[Any]]) -> None:
-    """Parameters that have a gradient, their gradients, state in the rule's order, and steps."""
+def fill(layout: Layout, lists: Sequence[list[Any]]) -> list[Tensor]:
+    """Parameters that have a gradient, their gradients, state in the rule's order, and steps.
+
+    Returns the parameters that are left to torch.
+    """
     params, grads, *columns, steps = lists
     for bucket in layout.buckets:
-        given = [(p, s) for p, s in zip(bucket.params, bucket.states, strict=True) if p.grad is not None]
-        params += [param for param, _ in given]
-        grads += [param.grad for param, _ in given]
+        given = [i for i, param in enumerate(bucket.params) if param.grad is not None]
+        params += [bucket.params[i] for i in given]
+        grads += [bucket.params[i].grad for i in given]
         for key, column in zip(bucket.rule.all_keys, columns, strict=True):
             if key in bucket.rule.keys:
-                column += [state[key] for _, state in given]
-        steps += [state["step"] for _, state in given]
+                column += [bucket.states[i][key] for i in given]
+        steps += [bucket.states[i]["step"] for i in given]
+    return [param for param, _ in layout.fallback]
+
+
+def detour(lists: Sequence[list[Any]]) -> list[tuple[Tensor, Tensor]]:
+    """Puts copies in the place of tensors without dimensions; the copies are copied back.
+
+    Inductor computes what a graph returns of such a tensor, read before a custom op writes it, after
+    the op (torch 2.11 to 2.15); reads before a copy it gets right.
+    """
+    pairs = []
+    params, _, *columns, _ = lists
+    for column in (params, *columns):
+        for index, tensor in enumerate(column):
+            if tensor.dim() == 0:
+                column[index] = tensor.clone()
+                pairs.append((tensor, column[index]))
+    return pairs
 
 
 def live(hyper: dict[str, Any]) -> dict[str, Any]:
     """Floats as tensors, so that a scheduler that changes them needs one graph more, not one a step."""
     one = torch.ones((), dtype=torch.float64)
     return {
-        name: value if isinstance(value, (bool, torch.Tensor)) else one * value
+        name: value if isinstance(value, (bool, Tensor)) else one * value
         for name, value in hyper.items()
     }

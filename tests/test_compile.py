@@ -1,0 +1,402 @@
+"""torch.compile(opt.step) and opt.compile(): equal to eager whatever happens between steps."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from cases import OURS
+from torch._dynamo.utils import counters
+
+NAMES = sorted(OURS)
+BACKENDS = ["aot_eager", "inductor"]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.compiler.config.patch(force_disable_caches=True):
+        yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def parameters(shapes=((3, 5), (), (7,), (40, 30)), device="cpu"):
+    torch.manual_seed(1)
+    return [torch.nn.Parameter(torch.randn(s, device=device)) for s in shapes]
+
+
+def optimizers(name, params, **kwargs):
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    return OURS[name](params, **kwargs), OURS[name](copies, **kwargs)
+
+
+def pairs(ours, theirs):
+    for left, right in zip(ours.param_groups, theirs.param_groups, strict=True):
+        yield from zip(left["params"], right["params"], strict=True)
+
+
+def give_gradients(ours, theirs, missing=()):
+    for index, (p, q) in enumerate(pairs(ours, theirs)):
+        p.grad = None if index in missing else torch.randn_like(p)
+        q.grad = None if index in missing else p.grad.clone()
+
+
+def assert_close(ours, theirs, rtol=0.0):
+    for p, q in pairs(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=rtol, atol=rtol / 10)
+        for key, value in theirs.state[q].items():
+            torch.testing.assert_close(ours.state[p][key], value, rtol=rtol, atol=rtol / 10)
+
+
+# Entrance 1: the traced step. It runs the very code that eager runs: equal to the last bit.
+
+KWARGS = {
+    "RMSprop": [{}, {"momentum": 0.9, "centered": True, "weight_decay": 0.1, "maximize": True}],
+    "Rprop": [{}, {"maximize": True}],
+}
+
+
+@pytest.mark.parametrize("fullgraph", [False, True], ids=["breaks", "fullgraph"])
+@pytest.mark.parametrize("backend", ["eager", *BACKENDS])
+@pytest.mark.parametrize(("name", "kwargs"), [(n, k) for n in NAMES for k in KWARGS[n]], ids=str)
+def test_compiled_step(name, kwargs, backend, fullgraph, device):
+    ours, theirs = optimizers(name, parameters(device=device), **kwargs)
+    step = torch.compile(ours.step, backend=backend, fullgraph=fullgraph)
+    for _ in range(3):
+        give_gradients(ours, theirs)
+        step()
+        theirs.step()
+    assert_close(ours, theirs)
+    assert graphs() == 1
+
+
+SCHEDULERS = {
+    "exponential": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+    "warm-up from 0": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda n: n / 10),
+    "to 1 and 0": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda n: (50, 0, 100, 7)[n % 4]),
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(
+        o, 0.1, total_steps=60, cycle_momentum="momentum" in o.defaults
+    ),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULERS)
+@pytest.mark.parametrize("name", NAMES)
+def test_float_lr_needs_two_graphs(name, schedule):
+    kwargs = {"momentum": 0.9} if name == "RMSprop" and schedule == "one cycle" else {}
+    ours, theirs = optimizers(name, parameters(), lr=0.01, **kwargs)
+    schedulers = [SCHEDULERS[schedule](o) for o in (ours, theirs)]
+    step = torch.compile(ours.step, fullgraph=True)
+    for _ in range(50):
+        give_gradients(ours, theirs)
+        step()
+        theirs.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert_close(ours, theirs)
+    assert graphs() <= 2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensor_lr_needs_one_graph(name):
+    ours, theirs = optimizers(name, parameters(), lr=torch.tensor(0.01))
+    theirs.param_groups[0]["lr"] = ours.param_groups[0]["lr"].clone()
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for o in (ours, theirs)]
+    step = torch.compile(ours.step, fullgraph=True)
+    for _ in range(50):
+        give_gradients(ours, theirs)
+        step()
+        theirs.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert_close(ours, theirs)
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_reads_before_see_the_old_values_and_after_the_new(name, backend):
+    ours, theirs = optimizers(name, parameters())
+
+    def read_step_read(optimizer):
+        params = optimizer.param_groups[0]["params"]
+        before = [p * 2 for p in params]
+        optimizer.step()
+        return before, [p * 2 for p in params]
+
+    with torch.no_grad():
+        for _ in range(2):
+            give_gradients(ours, theirs)
+            result = torch.compile(read_step_read, backend=backend, fullgraph=True)(ours)
+            expected = read_step_read(theirs)
+            torch.testing.assert_close(result, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_function_with_model_and_step(name):
+    def train(model, optimizer, x):
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    losses = []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+        run = torch.compile(train) if compiled else train
+        optimizer = OURS[name](model.parameters())
+        batches = [torch.randn(6, 4) for _ in range(4)]
+        losses.append([float(run(model, optimizer, x)) for x in batches])
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
+
+
+def test_closure():
+    ours, theirs = optimizers("RMSprop", parameters(((4,),)))
+
+    def closure(optimizer):
+        (param,) = optimizer.param_groups[0]["params"]
+        optimizer.zero_grad()
+        loss = (param * param).sum()
+        loss.backward()
+        return loss
+
+    step = torch.compile(ours.step)
+    for _ in range(3):
+        torch.testing.assert_close(step(lambda: closure(ours)), theirs.step(lambda: closure(theirs)))
+    assert_close(ours, theirs, rtol=1e-6)
+
+
+def test_backward_notices_the_step():
+    (param,) = parameters(((4,),))
+    optimizer = OURS["RMSprop"]([param])
+    loss = (param * param).sum()
+    param.grad = torch.randn(4)
+    torch.compile(optimizer.step)()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_what_the_op_does_not_take_goes_to_torch():
+    params = [*parameters(((3,),)), torch.nn.Parameter(torch.randn(2, dtype=torch.complex64))]
+    base = torch.randn(6)
+    params += [torch.nn.Parameter(base[:4]), torch.nn.Parameter(base[2:])]
+    ours, theirs = optimizers("RMSprop", params[:2])
+    step = torch.compile(ours.step, backend="aot_eager")
+    for _ in range(2):
+        give_gradients(ours, theirs)
+        step()
+        theirs.step()
+    assert_close(ours, theirs, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kwargs", [{"foreach": True}, {"foreach": False}], ids=str)
+def test_torch_on_request(kwargs):
+    ours, theirs = optimizers("Rprop", parameters(((3,), (2, 2))), **kwargs)
+    step = torch.compile(ours.step, backend="aot_eager")
+    for _ in range(2):
+        give_gradients(ours, theirs)
+        step()
+        theirs.step()
+    assert_close(ours, theirs, rtol=1e-6)
+
+
+# Between two steps, for both entrances.
+
+def move(ours, theirs):
+    for p, _ in pairs(ours, theirs):
+        p.data = p.data.clone()
+
+
+def move_state(ours, theirs):
+    for p, _ in pairs(ours, theirs):
+        ours.state[p] = {key: value.clone() for key, value in ours.state[p].items()}
+
+
+def add_group(ours, theirs):
+    extra = [torch.nn.Parameter(torch.randn(5)) for _ in range(2)]
+    theirs.add_param_group({"params": [torch.nn.Parameter(p.detach().clone()) for p in extra]})
+    ours.add_param_group({"params": extra})
+
+
+def load(ours, theirs):
+    saved = copy.deepcopy(theirs.state_dict())
+    for optimizer in (ours, theirs):
+        optimizer.load_state_dict(copy.deepcopy(saved))
+
+
+def clear_state(ours, theirs):
+    ours.state.clear()
+    theirs.state.clear()
+
+
+def other_options(ours, theirs):
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[0]["maximize"] = True
+
+
+EVENTS = [move, move_state, add_group, load, clear_state, other_options]
+
+
+def compiled_step(optimizer, entrance):
+    if entrance == "opt.compile":
+        optimizer.compile()
+        return optimizer.step
+    return torch.compile(optimizer.step, backend="aot_eager", fullgraph=True)
+
+
+@pytest.mark.parametrize("entrance", ["torch.compile", "opt.compile"])
+@pytest.mark.parametrize("event", EVENTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("name", NAMES)
+def test_between_steps(name, event, entrance):
+    ours, theirs = optimizers(name, parameters())
+    step = compiled_step(ours, entrance)
+    for number in range(6):
+        if number in (2, 4):
+            event(ours, theirs)
+        give_gradients(ours, theirs)
+        step()
+        theirs.step()
+    assert_close(ours, theirs, rtol=1e-4 if entrance == "opt.compile" else 0.0)
+
+
+@pytest.mark.parametrize("entrance", ["torch.compile", "opt.compile"])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_come_and_go(name, entrance):
+    ours, theirs = optimizers(name, parameters(), lr=0.1)
+    step = compiled_step(ours, entrance)
+    for missing in [(0, 1, 2, 3), (1,), (), (1,), (0, 3), (), (1,)]:
+        give_gradients(ours, theirs, missing)
+        for optimizer in (ours, theirs):  # Rprop's first step of each parameter is from this lr
+            optimizer.param_groups[0]["lr"] *= 0.9
+        step()
+        theirs.step()
+    assert_close(ours, theirs, rtol=1e-4 if entrance == "opt.compile" else 0.0)
+
+
+@pytest.mark.parametrize("entrance", ["torch.compile", "opt.compile"])
+def test_twenty_optimizers_stay_compiled(entrance, caplog):
+    """Dynamo's limit of 8 graphs per code object is not shared by them."""
+    for number in range(20):
+        ours, theirs = optimizers("RMSprop", parameters(((3,), (4,))), alpha=0.9 + number / 1000)
+        step = compiled_step(ours, entrance)
+        for _ in range(3):
+            give_gradients(ours, theirs)
+            step()
+            theirs.step()
+        assert_close(ours, theirs, rtol=1e-5)
+        assert graphs() >= number + 1, "an optimizer runs uncompiled"
+    assert graphs() >= 20
+
+
+# Entrance 2.
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "kwargs"), [(n, k) for n in NAMES for k in KWARGS[n]], ids=str)
+def test_compiled_sweep(name, kwargs, dtype):
+    shapes = ((3, 5), (), (0,), (700, 700), (7,))
+    params = [torch.nn.Parameter(p.detach().to(dtype)) for p in parameters(shapes)]
+    ours, theirs = optimizers(name, params, **kwargs)
+    ours.compile()
+    for _ in range(4):
+        give_gradients(ours, theirs)
+        ours.step()
+        theirs.step()
+    rtol = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 3e-2}[dtype]
+    assert_close(ours, theirs, 0.0 if name == "Rprop" else rtol)
+    assert graphs() <= 2
+
+
+def test_special_values():
+    """A gradient of NaN or infinity is no reason to differ from eager."""
+    ours, theirs = optimizers("Rprop", parameters(((64,), (3,))))
+    ours.compile()
+    for _ in range(3):
+        give_gradients(ours, theirs)
+        for p, q in pairs(ours, theirs):
+            for index, value in enumerate((float("nan"), float("inf"), -0.0)):
+                p.grad[index] = q.grad[index] = value
+        ours.step()
+        theirs.step()
+    for p, q in pairs(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("count", [2, 40, 400])
+def test_one_graph_for_any_number_of_parameters(count):
+    ours, theirs = optimizers("Rprop", parameters(((64,),) * count))
+    ours.compile()
+    for number in range(3):
+        give_gradients(ours, theirs, missing=[count - 1] if number == 1 else ())
+        ours.step()
+        theirs.step()
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0]["lr"] *= 0.5
+    assert_close(ours, theirs)
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("schedule", SCHEDULERS)
+def test_schedulers_need_no_further_graph(schedule):
+    ours, theirs = optimizers("RMSprop", parameters(((64,), (65,))), lr=0.01, momentum=0.9)
+    ours.compile()
+    schedulers = [SCHEDULERS[schedule](o) for o in (ours, theirs)]
+    for _ in range(50):
+        give_gradients(ours, theirs)
+        ours.step()
+        theirs.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert_close(ours, theirs, rtol=1e-3)
+    assert graphs() == 1
+
+
+def pickled(optimizer):
+    return pickle.loads(pickle.dumps(optimizer))
+
+
+def saved(optimizer):
+    file = io.BytesIO()
+    torch.save(optimizer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved])
+def test_copies_are_compiled_too(duplicate):
+    ours, theirs = optimizers("RMSprop", parameters())
+    ours.compile()
+    for optimizer in (ours, theirs):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    ours = duplicate(ours)
+    torch._dynamo.reset()
+    counters.clear()
+    give_gradients(ours, theirs)
+    ours.step()
+    theirs.step()
+    assert graphs() == 1
+    assert_close(ours, theirs, rtol=1e-5)
+
+
+def test_options_of_torch_compile(monkeypatch):
+    seen = []
+    compile_function = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **kwargs: seen.append(kwargs) or compile_function(f, **kwargs)
+    )
+    ours, theirs = optimizers("RMSprop", parameters(), alpha=0.77)
+    ours.compile(backend="aot_eager", fullgraph=True)
+    give_gradients(ours, theirs)
+    ours.step()
+    theirs.step()
+    assert seen == [{"dynamic": True, "backend": "aot_eager", "fullgraph": True}]
+    assert_close(ours, theirs, rtol=1e-6)
