@@ -1,4 +1,4 @@
-"""The backend: every stock configuration is recognised and equals eager; what is not is not touched."""
+"""The backend: every stock configuration is recognised and equals eager; the rest is left alone."""
 
 import contextlib
 from importlib.metadata import entry_points

@@ -58,7 +58,8 @@ NAMES = sorted(HYPER)
 
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "requires_grad"])
 @pytest.mark.parametrize(
-    "overload", ["rmsprop_.default", "rmsprop_.tensor_lr", "rmsprop_.tensor_hyper", "rprop_.default"]
+    "overload",
+    ["rmsprop_.default", "rmsprop_.tensor_lr", "rmsprop_.tensor_hyper", "rprop_.default"],
 )
 def test_opcheck(overload, grad, device):
     name, _, kind = overload.partition(".")
@@ -113,7 +114,8 @@ def test_mixed_dtypes_in_one_call(name):
     stock_step(name, theirs, **HYPER[name])
     for left, right in zip(sum(ours, []), sum(theirs, []), strict=True):
         half = left.dtype == torch.bfloat16  # torch rounds every operation, the op once
-        torch.testing.assert_close(left, right, rtol=2e-2 if half else 2e-6, atol=1e-2 if half else 1e-7)
+        rtol, atol = (2e-2, 1e-2) if half else (2e-6, 1e-7)
+        torch.testing.assert_close(left, right, rtol=rtol, atol=atol)
 
 
 def test_overlapping_parameters_one_after_the_other():

@@ -1,13 +1,13 @@
-"""The backend `tritonopt` of torch.compile: stock RMSprop and Rprop as one op, the rest by Inductor.
+"""The backend `tritonopt` of torch.compile: stock RMSprop and Rprop as one op, the rest as ever.
 
     >>> optimizer = torch.optim.RMSprop(model.parameters())
     >>> step = torch.compile(optimizer.step, backend="tritonopt")
 
-Compiling a stock optimizer costs Inductor a kernel's worth of work per parameter. This backend finds the
-update in the graph that dynamo traced, whatever its flags, foreach or not, and puts one
-`tritonopt::rmsprop_` or `tritonopt::rprop_` in its place. It compares values, not spellings: an update is
-replaced if what it leaves in memory is what the op leaves there, and if nothing else looks at the memory
-in between. Everything else goes to Inductor as it is.
+Compiling a stock optimizer costs Inductor a kernel's worth of work per parameter. This backend
+finds the update in the graph that dynamo traced, whatever its flags, foreach or not, and puts one
+`tritonopt::rmsprop_` or `tritonopt::rprop_` in its place. It compares values, not spellings: an
+update is replaced if what it leaves in memory is what the op leaves there, and if nothing else
+looks at the memory in between. Everything else goes to Inductor as it is.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def _inductor(
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
-    return compile_fx(module, inputs, config_patches=patches)  # type: ignore[no-any-return,arg-type]
+    return compile_fx(module, inputs, config_patches=patches)  # type: ignore[return-value,arg-type]
 
 
 def _is_update_only(module: GraphModule) -> bool:
@@ -117,7 +117,11 @@ class _Calls:
         pool = [*inputs, *[attribute() for attribute in self.attributes]]
         for op, columns, kwargs in self.calls:
             lists = [[pool[i] for i in column] for column in columns]
-            op(*lists, **{k: pool[self.index[v]] if v in self.index else v for k, v in kwargs.items()})
+            hyper = {
+                name: pool[self.index[value]] if value in self.index else value
+                for name, value in kwargs.items()
+            }
+            op(*lists, **hyper)
         return self.result
 
 

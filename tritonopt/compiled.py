@@ -1,7 +1,7 @@
 """The sweep of `Optimizer.compile()`: Inductor fuses the eager rule to one loop over a flat span.
 
-A graph takes one flat tensor per column, whatever the number of parameters, with dynamic sizes: spans
-and large tensors of all sizes share it.
+A graph takes one flat tensor per column, whatever the number of parameters, with dynamic sizes:
+spans and large tensors of all sizes share it.
 """
 
 from __future__ import annotations

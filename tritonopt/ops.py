@@ -4,17 +4,17 @@
 does, and update parameters and state where they lie. They need none of tritonopt's classes:
 
     >>> import torch, tritonopt
-    >>> param, grad, square_avg, step = torch.ones(3), torch.ones(3), torch.zeros(3), torch.zeros(())
-    >>> torch.ops.tritonopt.rmsprop_([param], [grad], [square_avg], [], [], [step], lr=0.1)
-    >>> param
-    tensor([-1.1921e-07, -1.1921e-07, -1.1921e-07])
+    >>> params, grads, square_avgs = [torch.ones(3)], [torch.ones(3)], [torch.zeros(3)]
+    >>> torch.ops.tritonopt.rmsprop_(params, grads, square_avgs, [], [], [], lr=0.05)
+    >>> params
+    [tensor([0.5000, 0.5000, 0.5000])]
 
 Lists of one call have equal lengths; a list that the rule does not use is empty (`grad_avgs` unless
-centered, `momentum_buffers` without momentum). 1 is added to each of `state_steps`, however many there
-are. Every list may mix
-devices, dtypes and memory layouts; a gradient and the state of a parameter have its shape and device,
-and are all fp64 or all of fp16, bf16 and fp32. `lr` is a float or a tensor with one element; where a
-compiled graph changes other hyperparameters without being compiled again, they are tensors, too.
+centered, `momentum_buffers` without momentum). 1 is added to each of `state_steps`, however many
+there are. Every list may mix devices, dtypes and memory layouts; a gradient and the state of a
+parameter have its shape and device, and are all fp64 or all of fp16, bf16 and fp32. `lr` is a float
+or a tensor with one element. Where a compiled graph changes other hyperparameters without being
+compiled again, they are tensors, too: the overload `rmsprop_.tensor_hyper`.
 
 Raises:
     ValueError: lists of different lengths, or a shape that is not the parameter's.
@@ -197,7 +197,8 @@ class Plan:
         for index, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
             if index not in self.loose:
                 dtypes = [c and c[index].dtype for c in self.columns]
-                members.setdefault((param.device, param.dtype, grad.dtype, *dtypes), []).append(index)
+                key = (param.device, param.dtype, grad.dtype, *dtypes)
+                members.setdefault(key, []).append(index)
         return list(members.values())
 
     def _native(self, some: list[int]) -> list[tuple[list[int], Callable[..., None]]]:
@@ -234,8 +235,8 @@ class Plan:
     def __call__(self, grads: Sequence[Tensor], hyper: dict[str, Any], counts: bool) -> None:
         for flat in self.steps:
             flat += 1
-        for some in self.lone_steps:
-            torch._foreach_add_(some, _ONE if some[0].is_cpu else 1)  # a number is wrapped each time
+        for steps in self.lone_steps:
+            torch._foreach_add_(steps, _ONE if steps[0].is_cpu else 1)  # a number is wrapped anew
         if self.misfits:
             grads = list(grads)
             for index in self.misfits:

@@ -88,7 +88,7 @@ class SlabOptimizer(torch.optim.Optimizer):
     def _traced_update(
         self, group: dict[str, Any], native: Any, rest: Any, has_complex: bool
     ) -> None:
-        """One step of the group in a traced graph: one op for the native lists, torch for the rest."""
+        """One step of the group in a traced graph: an op for the native lists, torch for the rest."""
         raise NotImplementedError
 
     def _why_torch(self, group: dict[str, Any]) -> str | None:
@@ -194,11 +194,11 @@ class SlabOptimizer(torch.optim.Optimizer):
                         bucket.reserve()
 
     def compile(self, **kwargs: Any) -> None:
-        """From now on :meth:`step` runs compiled code, as :meth:`torch.nn.Module.compile` does for calls.
+        """From now on :meth:`step` runs compiled code: :meth:`torch.nn.Module.compile` for steps.
 
         What is compiled is the update rule over flat memory: one graph with a handful of inputs for
-        any number of parameters, which a scheduler does not change. It concerns parameters on a CPU,
-        where it fuses the rule into one loop; on an accelerator a step is one kernel anyway.
+        any number of parameters, which a scheduler does not change. It concerns parameters on a
+        CPU, where it fuses the rule into one loop; on an accelerator a step is one kernel anyway.
 
         Args:
             kwargs: of :func:`torch.compile`; ``dynamic=True`` unless given.
@@ -222,12 +222,12 @@ class SlabOptimizer(torch.optim.Optimizer):
     def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
         """Torch's, and, given twice as many lists, what a traced step works on.
 
-        Dynamo does not trace this method: it runs it while it traces, and knows of every tensor in the
-        lists where it comes from. What must happen eagerly before a step happens here.
+        Dynamo does not trace this method: it runs it while it traces, and knows of every tensor in
+        the lists where it comes from. What must happen eagerly before a step happens here.
         """
         count = self._lists
         if len(lists) == count:
-            return bool(super()._init_group(group, *lists))
+            return bool(super()._init_group(group, *lists))  # type: ignore[misc]
         self._check(group)
         self._check_traced(group)
         index = next(i for i, g in enumerate(self.param_groups) if g is group)
@@ -237,7 +237,7 @@ class SlabOptimizer(torch.optim.Optimizer):
         self._before_update(group, layout)
         rest = {**group, "params": traced.fill(layout, lists[:count])}
         self._opt_called = True
-        return bool(super()._init_group(rest, *lists[count:]))
+        return bool(super()._init_group(rest, *lists[count:]))  # type: ignore[misc]
 
     # The layout.
 

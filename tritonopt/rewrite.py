@@ -169,7 +169,7 @@ class Rewrite:
 
     def _ends(self, buckets: list[list[Match]], counts: list[Segment]) -> dict[int, int]:
         """By segment: the position of the last node it replaces, after which its op stands."""
-        position, ends = self.trace.position, {}
+        position, ends = self.trace.position, dict[int, int]()
         for bucket in buckets:
             segments = [segment for match in bucket for segment in match.segments]
             if bucket is buckets[-1]:
@@ -295,7 +295,7 @@ class Rewrite:
                 hyper["lr"], overload = bucket[0].lr, "tensor_lr"
             op = getattr(getattr(torch.ops.tritonopt, update.name), overload)
             with graph.inserting_after(nodes[ends[id(bucket[0].param)]]):
-                graph.call_function(op, tuple(lists), hyper)
+                graph.call_function(op, tuple(lists), hyper)  # type: ignore[arg-type]
         for node in self.live:
             for argument in node.all_input_nodes:
                 if argument in self.writes:

@@ -1,7 +1,7 @@
 """The step inside a graph that torch.compile traces: tensors are written, nothing else.
 
-Dynamo loses attributes that a traced step writes, and knows no addresses: there is no packing and no
-layout here. Each group is one op, whose schema says what it mutates.
+Dynamo loses attributes that a traced step writes, and knows no addresses: there is no packing and
+no layout here. Each group is one op, whose schema says what it mutates.
 """
 
 from __future__ import annotations
@@ -53,21 +53,21 @@ def fill(layout: Layout, lists: Sequence[list[Any]]) -> list[Tensor]:
 def detour(lists: Sequence[list[Any]]) -> list[tuple[Tensor, Tensor]]:
     """Puts copies in the place of tensors without dimensions; the copies are copied back.
 
-    Inductor computes what a graph returns of such a tensor, read before a custom op writes it, after
-    the op (torch 2.11 to 2.15); reads before a copy it gets right.
+    Inductor computes what a graph returns of such a tensor, read before a custom op writes it,
+    after the op (torch 2.11 to 2.15). Reads before a copy it gets right; it elides a mere clone.
     """
     pairs = []
     params, _, *columns, _ = lists
     for column in (params, *columns):
         for index, tensor in enumerate(column):
             if tensor.dim() == 0:
-                column[index] = tensor.clone()
+                column[index] = tensor.neg().neg()
                 pairs.append((tensor, column[index]))
     return pairs
 
 
 def live(hyper: dict[str, Any]) -> dict[str, Any]:
-    """Floats as tensors, so that a scheduler that changes them needs one graph more, not one a step."""
+    """Floats as tensors: a scheduler that changes them needs one graph more, not one a step."""
     one = torch.ones((), dtype=torch.float64)
     return {
         name: value if isinstance(value, (bool, Tensor)) else one * value

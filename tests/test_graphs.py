@@ -1,0 +1,194 @@
+"""CUDA graphs: on a GPU captures and replays; without one, what makes a capture safe.
+
+The invariants run on the real host path with the kernels in Triton's interpreter, which must be
+chosen before import: without it this file runs itself once more.
+"""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import OURS
+
+from tritonopt.device import INTERPRET
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+interpreted = pytest.mark.skipif(not INTERPRET, reason="needs the interpreter")
+names = pytest.mark.parametrize("name", sorted(OURS))
+
+
+@pytest.mark.skipif(INTERPRET, reason="is what it starts")
+def test_invariants_in_the_interpreter():
+    pytest.importorskip("triton")
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", __file__]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+    assert "skipped" not in result.stdout.splitlines()[-1]
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """A switch: while it is on, every stream says that it records."""
+    state = {"on": False}
+    for module in ("device", "layout", "optimizer", "ops", "rprop", "kernels.launch"):
+        monkeypatch.setattr(f"tritonopt.{module}.is_capturing", lambda device: state["on"])
+    return state
+
+
+def optimizer_and_launch(name, **kwargs):
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (5, 1500)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer = OURS[name](params, **kwargs)
+    optimizer.step()
+    (bucket,) = optimizer._layouts[0].buckets
+    bucket.reserve()
+    return optimizer, bucket.update
+
+
+@interpreted
+@names
+def test_interpreted_capture_allocates_and_reads_nothing(name, capture, monkeypatch):
+    """Pinned memory cannot be had during a capture, and a value cannot be waited for."""
+    optimizer, launch = optimizer_and_launch(name, lr=torch.tensor(0.01))
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("not during a capture")
+
+    with monkeypatch.context() as during:
+        during.setattr("tritonopt.kernels.launch._buffers", refuse)
+        during.setattr("tritonopt.slab.allocate", refuse)
+        during.setattr(torch.cuda, "synchronize", refuse)
+        for method in ("item", "__float__", "__bool__", "tolist", "cpu", "to", "pin_memory"):
+            during.setattr(torch.Tensor, method, refuse)
+        capture["on"] = True
+        (bucket,) = optimizer._layouts[0].buckets
+        grads = bucket.gradients()
+        bucket.count(grads)
+        launch._table(tuple(g.data_ptr() for g in grads))
+
+
+@interpreted
+@names
+def test_interpreted_tables_of_captures_are_never_written_again(name, capture):
+    optimizer, launch = optimizer_and_launch(name)
+    captured = []
+    for _ in range(4):
+        capture["on"] = True
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.randn_like(p)
+        grads = tuple(p.grad.data_ptr() for p in optimizer.param_groups[0]["params"])
+        table = launch._table(grads)
+        captured.append((table, table.clone()))
+        capture["on"] = False
+        for _ in range(10):
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        launch.reserve()
+    assert len({table.data_ptr() for table, _ in captured}) == 4
+    assert all(torch.equal(table, then) for table, then in captured)
+
+
+@interpreted
+@names
+def test_interpreted_tables_outlive_their_launch(name, capture):
+    """A graph may be replayed after the optimizer is gone."""
+    from tritonopt.kernels import launch as module
+
+    optimizer, launch = optimizer_and_launch(name)
+    capture["on"] = True
+    table = launch._table((0, 0))
+    del optimizer, launch
+    assert any(table is held for pair in module._captured for held in pair)
+
+
+@interpreted
+@names
+def test_interpreted_captures_need_a_step_before(name, capture):
+    optimizer, launch = optimizer_and_launch(name)
+    capture["on"] = True
+    launch._table((0, 0))
+    launch._table((0, 0))
+    with pytest.raises(RuntimeError, match="needs a step outside of it first"):
+        launch._table((0, 0))
+
+
+@interpreted
+def test_interpreted_op_needs_a_call_before(capture):
+    arguments = [[torch.ones(3)], [torch.ones(3)], [torch.zeros(3)], [], [], []]
+    capture["on"] = True
+    with pytest.raises(NotImplementedError, match="must have run once"):
+        torch.ops.tritonopt.rmsprop_(*arguments)
+
+
+@interpreted
+@names
+def test_interpreted_replays_equal_eager(name, capture):
+    """A replay is the recorded launch: the same table, and lr from where it lies."""
+    lr = torch.tensor(0.01)
+    optimizer, launch = optimizer_and_launch(name, lr=lr)
+    params = optimizer.param_groups[0]["params"]
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    eager = OURS[name](copies, lr=float(lr))
+    eager.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    eager.param_groups[0]["lr"] = float(lr)
+
+    capture["on"] = True
+    table = launch._table(tuple(p.grad.data_ptr() for p in params))
+    hyper = optimizer._hyper(optimizer.param_groups[0])
+    capture["on"] = False
+    for number in range(100):
+        for p, q in zip(params, copies, strict=True):
+            q.grad = p.grad.normal_().clone()
+        lr.fill_(0.01 * 0.97**number)
+        launch.rule(launch, table, torch.float32, **hyper)
+        eager.param_groups[0]["lr"] = float(lr)
+        eager.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, copies, strict=True))
+
+
+@cuda
+@names
+def test_whole_step_in_a_cuda_graph(name):
+    lr = torch.tensor(0.01, device="cuda")
+    params = [torch.nn.Parameter(torch.randn(n, device="cuda")) for n in (5, 1500)]
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    captured = OURS[name](params, lr=lr, capturable=True)
+    eager = OURS[name](copies, lr=lr, capturable=True)
+    for p, q in zip(params, copies, strict=True):
+        p.grad, q.grad = torch.zeros_like(p), torch.zeros_like(q)
+    captured.step(), eager.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for number in range(100):
+        for p, q in zip(params, copies, strict=True):
+            q.grad.copy_(p.grad.normal_())
+        lr.fill_(0.01 * 0.97**number)
+        graph.replay()
+        eager.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, copies, strict=True))
+    assert float(captured.state[params[0]]["step"]) == 101
+
+
+@cuda
+@names
+def test_reduce_overhead(name):
+    params = [torch.nn.Parameter(torch.randn(n, device="cuda")) for n in (5, 1500)]
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    lr = torch.tensor(0.01, device="cuda")
+    ours, theirs = (OURS[name](ps, lr=lr, capturable=True) for ps in (params, copies))
+    step = torch.compile(ours.step, mode="reduce-overhead", fullgraph=True)
+    for number in range(100):
+        for p, q in zip(params, copies, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        lr.fill_(0.01 * 0.97**number)
+        step()
+        theirs.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, copies, strict=True))
