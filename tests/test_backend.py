@@ -10,6 +10,9 @@ from torch.optim.rmsprop import rmsprop
 from torch.optim.rprop import rprop
 
 from tritonopt import backend
+from tritonopt.device import INTERPRET
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="nothing is compiled")
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,9 @@ import torch
 from cases import OURS
 from torch._dynamo.utils import counters
 
+from tritonopt.device import INTERPRET
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="nothing is compiled")
 NAMES = sorted(OURS)
 BACKENDS = ["aot_eager", "inductor"]
 
