@@ -21,9 +21,7 @@ class SlabOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(params, *args, **kwargs)
-        self._layouts = {}
-        for index in range(len(self.param_groups)):
-            self._begin(index)
+        self._begin_all()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
@@ -33,6 +31,16 @@ class SlabOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_layouts", {})
+
+    def _begin_all(self) -> None:
+        self._layouts = {}
+        for index in range(len(self.param_groups)):
+            self._begin(index)
+
+    def _adopt(self) -> None:
+        """Takes over after `__class__` was changed from torch's optimizer."""
+        self._patch_step_function()  # hooks and profiler names, once per class
+        self._begin_all()
 
     # What a subclass says of its rule.
 
