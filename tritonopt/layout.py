@@ -14,6 +14,7 @@ from torch.optim.optimizer import _get_capturable_supported_devices
 
 from tritonopt import slab
 from tritonopt.device import is_capturing, path
+from tritonopt.shard import is_sharded, local, same_shards
 from tritonopt.sweep import Sweep
 
 _CAPTURABLE = _get_capturable_supported_devices()
@@ -60,6 +61,7 @@ def _belongs(grad: Tensor, param: Tensor) -> bool:
 
 def why_not_native(param: Tensor) -> str | None:
     """Why a parameter is left to torch whatever its state and gradient are; None if it is not."""
+    param = local(param)
     if not is_plain(param):
         return f"is a {type(param).__name__}" if type(param) is not Tensor else f"is {param.layout}"
     if param.dtype not in (*HALF_OR_SINGLE, torch.float64):
@@ -72,6 +74,11 @@ def why_not_native(param: Tensor) -> str | None:
 
 def why_not_together(param: Tensor, grad: Tensor | None, states: Sequence[Tensor]) -> str | None:
     """Why a parameter that has state is left to torch; None if a launch can take it."""
+    if not all(same_shards(param, state) for state in states):
+        return "has state that is sharded in another way"
+    if grad is not None and not same_shards(param, grad):
+        return BAD_GRADIENT
+    param, grad, states = local(param), local(grad), [local(state) for state in states]
     for tensor in states:
         if not isinstance(tensor, Tensor) or not is_plain(tensor):
             return "has state that is not a plain tensor"
@@ -124,16 +131,20 @@ class Bucket:
 
     def __init__(self, rule: Rule, params: list[Tensor], states: list[dict[str, Any]]) -> None:
         self.rule = rule
-        self.params = params
+        self.owners = params
+        self.sharded = any(map(is_sharded, params))
+        self.params = params = self._local(params)
         self.states = states
         self.device = params[0].device
         self.dtype = params[0].dtype
         self._shapes = _shapes(params)
         self._like = Guards(params)
         self.keys = ("step", *rule.keys)
-        self.columns = {key: [state[key] for state in states] for key in self.keys}
-        self.addresses = self._addresses()
-        self.grad_dtype = next((p.grad.dtype for p in params if p.grad is not None), self.dtype)
+        self._held = {key: [state[key] for state in states] for key in self.keys}
+        self.columns = {key: self._local(column) for key, column in self._held.items()}
+        self.addresses = self._addresses(params)
+        grads = (p.grad for p in self.owners)
+        self.grad_dtype = next((g.dtype for g in grads if g is not None), self.dtype)
         self._expected: Guards | None = None  # of gradients that need no look, one by one
         self._steps, self._lone_steps = slab.spans([self.columns["step"]], len(params), 1, 1)
 
@@ -146,25 +157,34 @@ class Bucket:
 
             self.update = launch.Launch(getattr(launch, rule.name), params, columns)
 
-    def _addresses(self) -> list[list[int]]:
-        tensors = [self.params, *self.columns.values()]
+    def _local(self, tensors: list[Any]) -> list[Any]:
+        return list(map(local, tensors)) if self.sharded else tensors
+
+    def _addresses(self, params: list[Tensor]) -> list[list[int]]:
+        tensors = [params, *map(self._local, self._held.values())]
         return [list(map(Tensor.data_ptr, column)) for column in tensors]
 
     def holds(self) -> bool:
         """Whether every parameter and state tensor still lies where it lay."""
         try:
-            for key, column in self.columns.items():
+            for key, column in self._held.items():
                 if not all(map(is_, [state[key] for state in self.states], column)):
                     return False
         except KeyError:
             return False
-        if not self._like.fit(self.params) and _shapes(self.params) != self._shapes:
+        params = self._local(self.owners)
+        if not self._like.fit(params) and _shapes(params) != self._shapes:
             return False
-        return self._addresses() == self.addresses
+        return self._addresses(params) == self.addresses
 
     def gradients(self) -> list[Tensor | None] | None:
         """The gradients as the update needs them; None if there are none."""
-        grads = [p.grad for p in self.params]
+        grads = [p.grad for p in self.owners]
+        if self.sharded:
+            both = zip(self.owners, grads, strict=True)
+            if not all(grad is None or same_shards(param, grad) for param, grad in both):
+                raise Stale
+            grads = self._local(grads)
         if self._expected is not None and self._expected.fit(grads):
             return grads
         if not any(map(is_not, grads, repeat(None))):
@@ -201,7 +221,7 @@ class Bucket:
     def step(self, grads: list[Tensor | None], hyper: dict[str, Any]) -> None:
         self.count(grads)
         self.update(grads, **hyper)
-        changed = [p for p, g in zip(self.params, grads, strict=True) if g is not None]
+        changed = [p for p, g in zip(self.owners, grads, strict=True) if g is not None]
         torch.autograd.graph.increment_version(changed)  # a later backward must notice
 
     def reserve(self) -> None:
@@ -235,7 +255,7 @@ class Layout:
         self.steps = 0  # taken since
 
         members: dict[tuple[Any, ...], list[int]] = {}
-        shared = _overlapping(self.params)
+        shared = _overlapping([local(param) for param in self.params])
         for index, (param, entry) in enumerate(zip(self.params, self.states, strict=True)):
             if not entry and not why_torch and param.grad is None:
                 continue  # it may be lazy, or moved before its first gradient comes

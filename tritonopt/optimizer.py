@@ -12,6 +12,7 @@ from tritonopt import slab
 from tritonopt.describe import table
 from tritonopt.device import is_capturing
 from tritonopt.layout import Layout, Rule, Stale, is_plain, same_layout, why_not_native
+from tritonopt.shard import is_sharded
 
 
 class SlabOptimizer(torch.optim.Optimizer):
@@ -166,14 +167,19 @@ class SlabOptimizer(torch.optim.Optimizer):
         self._look(index, slabs)
 
     def _make_state(self, group: dict[str, Any], params: Iterable[Tensor]) -> list[slab.Slab]:
-        """State for the parameters that have none yet, unless they are left to torch."""
+        """State for the parameters that have none yet, unless torch must make it itself."""
         rule = self._rule(group)
         new = [p for p in params if not self.state.get(p) and why_not_native(p) is None]
-        if self._why_torch(group):
+        if group["differentiable"]:
             return []
         slabs = []
         scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-        for batch in _by_slab(new):
+        for param in filter(is_sharded, new):
+            home = param.device if group["capturable"] else torch.device("cpu")
+            self.state[param] = {"step": torch.zeros((), dtype=scalar, device=home)}
+            for key in rule.keys:  # as its parameter: sharded checkpoints need that
+                self.state[param][key] = torch.full_like(param, self._initial(key, group))
+        for batch in _by_slab([p for p in new if not is_sharded(p)]):
             device, dtype = batch[0].device, batch[0].dtype
             home = device if group["capturable"] else torch.device("cpu")
             steps, memory = slab.allocate([_SCALAR] * len(batch), scalar, home, alignment=1)

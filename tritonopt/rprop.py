@@ -14,6 +14,7 @@ from tritonopt import eager
 from tritonopt.device import is_capturing
 from tritonopt.layout import Layout, Rule
 from tritonopt.optimizer import SlabOptimizer
+from tritonopt.shard import local
 from tritonopt.slab import Slab
 
 
@@ -123,9 +124,9 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
     def _look(self, index: int, new: Sequence[Slab] = ()) -> Layout:
         layout = super()._look(index, new)
         layout.unused_step_sizes = [  # type: ignore[attr-defined]
-            (param, entry["step_size"], float(entry["step_size"].flatten()[0]))
+            (param, local(entry["step_size"]), float(local(entry["step_size"]).flatten()[0]))
             for param, entry in zip(layout.params, layout.states, strict=True)
-            if entry and not param.is_complex() and param.numel() and _is_unused(entry)
+            if entry and not param.is_complex() and local(param).numel() and _is_unused(entry)
         ]
         return layout
 
@@ -148,5 +149,5 @@ def _is_unused(entry: dict[str, Any]) -> bool:
     """Whether no step has been taken and the step sizes are still those they were created with."""
     if float(entry["step"]) != 0:
         return False
-    low, high = torch.aminmax(entry["step_size"])
-    return bool(low == high) and not bool(entry["prev"].any())
+    low, high = torch.aminmax(local(entry["step_size"]))
+    return bool(low == high) and not bool(local(entry["prev"]).any())
