@@ -138,7 +138,8 @@ class SlabOptimizer(torch.optim.Optimizer):
                     "parameters, state or options changed since the last step, or there was none: "
                     "take one step before a graph captures it"
                 )
-            slabs = self._make_state(group, [p for p in group["params"] if p.grad is not None])
+            params = (p for p in group["params"] if p.grad is not None or self.state.get(p))
+            slabs = self._make_state(group, params)
             return self._look(index, slabs)
         assert layout is not None
         layout.steps += 1
@@ -169,7 +170,11 @@ class SlabOptimizer(torch.optim.Optimizer):
     def _make_state(self, group: dict[str, Any], params: Iterable[Tensor]) -> list[slab.Slab]:
         """State for the parameters that have none yet, unless torch must make it itself."""
         rule = self._rule(group)
-        new = [p for p in params if not self.state.get(p) and why_not_native(p) is None]
+        new = [
+            p
+            for p in params
+            if why_not_native(p) is None and (not self.state.get(p) or self._has_outgrown(p, rule))
+        ]
         if group["differentiable"]:
             return []
         slabs = []
@@ -192,6 +197,19 @@ class SlabOptimizer(torch.optim.Optimizer):
             for number, param in enumerate(batch):
                 self.state[param] = {key: column[number] for key, column in columns.items()}
         return slabs
+
+    def _has_outgrown(self, param: Tensor, rule: Rule) -> bool:
+        """Whether a parameter was cast or moved since its state was made, which is yet unused."""
+        state = self.state[param]
+        tensors = [state.get(key) for key in rule.keys]
+        if not all(isinstance(tensor, Tensor) for tensor in tensors):
+            return False
+        fits = all(t.dtype == param.dtype and t.device == param.device for t in tensors)
+        return not fits and self._is_unused(state)
+
+    def _is_unused(self, state: dict[str, Any]) -> bool:
+        """Whether the state is what it was made as: no step has been taken."""
+        return float(state["step"]) == 0
 
     @torch.no_grad()
     def _pack_moved(self, group: dict[str, Any], layout: Layout) -> list[slab.Slab]:

@@ -121,12 +121,21 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
 
     # The first step.
 
+    def _is_unused(self, state: dict[str, Any]) -> bool:
+        if not super()._is_unused(state):
+            return False
+        step_size, prev = local(state["step_size"]), local(state["prev"])
+        if not step_size.numel():
+            return True
+        low, high = torch.aminmax(step_size)
+        return bool(low == high) and not bool(prev.any())
+
     def _look(self, index: int, new: Sequence[Slab] = ()) -> Layout:
         layout = super()._look(index, new)
         layout.unused_step_sizes = [  # type: ignore[attr-defined]
             (param, local(entry["step_size"]), float(local(entry["step_size"]).flatten()[0]))
             for param, entry in zip(layout.params, layout.states, strict=True)
-            if entry and not param.is_complex() and local(param).numel() and _is_unused(entry)
+            if entry and not param.is_complex() and local(param).numel() and self._is_unused(entry)
         ]
         return layout
 
@@ -143,11 +152,3 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
                     )
                 step_size.fill_(float(group["lr"]))
         layout.unused_step_sizes = waiting  # type: ignore[attr-defined]
-
-
-def _is_unused(entry: dict[str, Any]) -> bool:
-    """Whether no step has been taken and the step sizes are still those they were created with."""
-    if float(entry["step"]) != 0:
-        return False
-    low, high = torch.aminmax(local(entry["step_size"]))
-    return bool(low == high) and not bool(local(entry["prev"]).any())
