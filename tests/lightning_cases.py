@@ -98,6 +98,13 @@ class Skipping(Module):
         return None if index % 3 == 1 else super().training_step(batch, index)
 
 
+class Unlogged(Module):
+    """Dynamo of torch 2.13 cannot trace Lightning's `log`."""
+
+    def log(self, *_):
+        pass
+
+
 class Early(Module):
     """The optimizer exists before the trainer casts the model."""
 

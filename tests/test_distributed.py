@@ -1,4 +1,4 @@
-"""Two processes on the CPU, with gloo: each scenario of `ranks.py` equals torch's to the last bit."""
+"""Two gloo processes: each scenario of `ranks.py` equals torch's run to the last bit."""
 
 import json
 import subprocess
