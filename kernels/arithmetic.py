@@ -43,4 +43,4 @@ def fma(x, y, z):
 @triton.jit
 def lerp(start, end, weight):
     near_start = fma(weight, end - start, start)
-    return tl.where(weight < 0.5, near_start, fma(weight - 1, end - start, end))
+    return tl.where(tl.abs(weight) < 0.5, near_start, fma(weight - 1, end - start, end))

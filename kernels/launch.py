@@ -111,16 +111,27 @@ def rmsprop_(
     weight_decay: float,
     momentum: float,
     maximize: bool,
+    eps_in_sqrt: bool = False,
+    lr_in_momentum: bool = False,
+    nesterov: bool = False,
+    decoupled_weight_decay: bool = False,
+    step: float | Tensor | None = None,
 ) -> None:
     _, no_grad_avg, no_momentum_buffer = launch.unused
     lr_ptr = lr if isinstance(lr, Tensor) and lr.device == launch.device else None
     if isinstance(lr, Tensor) and lr_ptr is None and is_capturing(launch.device):
         raise RuntimeError(f"a captured graph needs its tensor lr on {launch.device}")
+    gain_ptr, gain = None, 1.0  # for bias correction: of each tensor, or of all
+    if isinstance(step, Tensor):
+        gain_ptr = (1 - alpha ** step.double()).sqrt().to(launch.device)
+    elif step is not None:
+        gain = (1 - alpha**step) ** 0.5
     rmsprop_kernel[(len(launch.programs),)](
-        table, launch.programs, lr_ptr,
+        table, launch.programs, lr_ptr, gain_ptr,
         _fp64(0.0 if lr_ptr is not None else float(lr)),
-        _fp64(alpha), _fp64(eps), _fp64(weight_decay), _fp64(momentum),
+        _fp64(alpha), _fp64(eps), _fp64(weight_decay), _fp64(momentum), _fp64(gain),
         maximize, weight_decay != 0, not no_grad_avg, not no_momentum_buffer,
+        eps_in_sqrt, lr_in_momentum, nesterov, decoupled_weight_decay, step is not None,
         **_types(launch, grad_dtype),
     )  # fmt: skip
 
@@ -135,11 +146,13 @@ def rprop_(
     step_size_min: float,
     step_size_max: float,
     maximize: bool,
+    variant: str = "irprop-",
+    loss_rose: bool = False,
 ) -> None:
     rprop_kernel[(len(launch.programs),)](
         table, launch.programs,
         _fp64(etaminus), _fp64(etaplus), _fp64(step_size_min), _fp64(step_size_max),
-        maximize,
+        _fp64(loss_rose), maximize, variant,
         **_types(launch, grad_dtype),
     )  # fmt: skip
 
@@ -183,19 +196,19 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 def _programs(numels: Sequence[int], device: torch.device) -> Tensor:
     """For every program of the grid: index of its tensor << 32 | index of its block."""
-    blocks = (torch.tensor(numels) + BLOCK - 1) // BLOCK
+    blocks = (torch.tensor(numels, device="cpu") + BLOCK - 1) // BLOCK
     first = torch.cumsum(blocks, 0) - blocks
-    tensor = torch.repeat_interleave(torch.arange(len(numels)), blocks)
-    block = torch.arange(len(tensor)) - first[tensor]
+    tensor = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), blocks)
+    block = torch.arange(len(tensor), device="cpu") - first[tensor]
     return (tensor << 32 | block).to(device)
 
 
 def _buffers(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Host memory and its copy on the device. Neither is written again: a copy may be under way."""
     if device.type == "cpu":
-        host = torch.empty(size, dtype=torch.int64)
+        host = torch.empty(size, dtype=torch.int64, device="cpu")
         return host, host
-    host = torch.empty(size, dtype=torch.int64, pin_memory=True)
+    host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True)
     return host, torch.empty(size, dtype=torch.int64, device=device)
 
 

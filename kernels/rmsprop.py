@@ -9,36 +9,69 @@ from tritonopt.kernels.arithmetic import div_rn, fma, lerp, sqrt_rn
 @triton.jit
 def rmsprop_rule(
     param, grad, square_avg, grad_avg, momentum_buffer,
-    lr, alpha, eps, weight_decay, momentum,
+    lr, alpha, eps, weight_decay, momentum, gain,
     MAXIMIZE: tl.constexpr, DECAY: tl.constexpr, CENTERED: tl.constexpr, MOMENTUM: tl.constexpr,
+    EPS_IN_SQRT: tl.constexpr, LR_IN_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    DECOUPLED: tl.constexpr, BIAS_CORRECTION: tl.constexpr,
 ):  # fmt: skip
     # Fused multiply-adds stand where torch's eager operators have them: the same bits follow.
     dtype: tl.constexpr = param.dtype
     weight = tl.cast(1 - alpha, dtype)
     if MAXIMIZE:
         grad = -grad
-    if DECAY:
+    if DECAY and not DECOUPLED:
         grad = fma(tl.cast(weight_decay, dtype), param, grad)
+    rate = lr
+    if BIAS_CORRECTION:  # gain is sqrt(1 - alpha**step); the eager rule says where it went
+        rate = tl.cast(lr * gain, dtype)
+        eps = eps * (gain * gain) if EPS_IN_SQRT else eps * gain
     square_avg = fma(weight * grad, grad, square_avg * tl.cast(alpha, dtype))
+    avg = square_avg
     if CENTERED:
         grad_avg = lerp(grad_avg, grad, weight)
-        avg = sqrt_rn(fma(-grad_avg, grad_avg, square_avg))
+        if BIAS_CORRECTION:
+            # Not divided as fp64, which takes a call and its stack.
+            inverse = div_rn(tl.cast(-1.0, dtype), tl.cast(gain * gain, dtype))
+            avg = fma(inverse * grad_avg, grad_avg, avg)
+            avg = tl.maximum(avg, 0.0, tl.PropagateNan.ALL)
+        else:
+            avg = fma(-grad_avg, grad_avg, avg)
+    if EPS_IN_SQRT:
+        avg = sqrt_rn(avg + tl.cast(eps, dtype))
     else:
-        avg = sqrt_rn(square_avg)
-    avg = avg + tl.cast(eps, dtype)
+        avg = sqrt_rn(avg) + tl.cast(eps, dtype)
+    if DECAY and DECOUPLED:
+        param = param * tl.cast(1 - lr * weight_decay, dtype)
     if MOMENTUM:
-        momentum_buffer = momentum_buffer * tl.cast(momentum, dtype) + div_rn(grad, avg)
-        param = fma(tl.cast(-lr, dtype), momentum_buffer, param)
+        momentum_buffer = momentum_buffer * tl.cast(momentum, dtype)
+        if LR_IN_MOMENTUM:
+            update = div_rn(tl.cast(rate, dtype) * grad, avg)
+        elif BIAS_CORRECTION:
+            update = div_rn(tl.cast(gain, dtype) * grad, avg)
+        else:
+            update = div_rn(grad, avg)
+        momentum_buffer = momentum_buffer + update
+        if NESTEROV:
+            if LR_IN_MOMENTUM:
+                param = param - update
+            else:
+                param = param + div_rn(tl.cast(-rate, dtype) * grad, avg)
+        scale = tl.cast(-1.0, tl.float64) if LR_IN_MOMENTUM else -lr
+        if NESTEROV:
+            scale = scale * momentum
+        param = fma(tl.cast(scale, dtype), momentum_buffer, param)
     else:
-        param = param + div_rn(tl.cast(-lr, dtype) * grad, avg)
+        param = param + div_rn(tl.cast(-rate, dtype) * grad, avg)
     return param, square_avg, grad_avg, momentum_buffer
 
 
 @triton.jit
 def rmsprop_block(
     param_ptr, grad_ptr, square_avg_ptr, grad_avg_ptr, momentum_buffer_ptr, offs, mask,
-    lr, alpha, eps, weight_decay, momentum,
+    lr, alpha, eps, weight_decay, momentum, gain,
     MAXIMIZE: tl.constexpr, DECAY: tl.constexpr, CENTERED: tl.constexpr, MOMENTUM: tl.constexpr,
+    EPS_IN_SQRT: tl.constexpr, LR_IN_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    DECOUPLED: tl.constexpr, BIAS_CORRECTION: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):  # fmt: skip
     param = tl.load(param_ptr + offs, mask).to(COMPUTE)
@@ -52,7 +85,8 @@ def rmsprop_block(
 
     param, square_avg, grad_avg, momentum_buffer = rmsprop_rule(
         param, grad, square_avg, grad_avg, momentum_buffer,
-        lr, alpha, eps, weight_decay, momentum, MAXIMIZE, DECAY, CENTERED, MOMENTUM,
+        lr, alpha, eps, weight_decay, momentum, gain, MAXIMIZE, DECAY, CENTERED, MOMENTUM,
+        EPS_IN_SQRT, LR_IN_MOMENTUM, NESTEROV, DECOUPLED, BIAS_CORRECTION,
     )  # fmt: skip
 
     tl.store(param_ptr + offs, param, mask)
@@ -65,9 +99,11 @@ def rmsprop_block(
 
 @triton.jit
 def rmsprop_kernel(
-    table_ptr, programs_ptr, lr_ptr,
-    lr: "fp64", alpha: "fp64", eps: "fp64", weight_decay: "fp64", momentum: "fp64",
+    table_ptr, programs_ptr, lr_ptr, gain_ptr,
+    lr: "fp64", alpha: "fp64", eps: "fp64", weight_decay: "fp64", momentum: "fp64", gain: "fp64",
     MAXIMIZE: tl.constexpr, DECAY: tl.constexpr, CENTERED: tl.constexpr, MOMENTUM: tl.constexpr,
+    EPS_IN_SQRT: tl.constexpr, LR_IN_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
+    DECOUPLED: tl.constexpr, BIAS_CORRECTION: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -81,6 +117,8 @@ def rmsprop_kernel(
     grad_avg, momentum_buffer = tl.load(row_ptr + 4), tl.load(row_ptr + 5)
     if lr_ptr is not None:
         lr = tl.load(lr_ptr).to(tl.float64)
+    if gain_ptr is not None:  # one per tensor, which may have taken different numbers of steps
+        gain = tl.load(gain_ptr + (program >> 32)).to(tl.float64)
 
     # A mask whose bound may not divide by 16 makes every access scalar, hence two paths; hints to
     # the compiler hold only where they are written in the kernel itself.
@@ -95,8 +133,9 @@ def rmsprop_kernel(
             tl.multiple_of(grad_avg.to(tl.pointer_type(STATE)), 16) + start,
             tl.multiple_of(momentum_buffer.to(tl.pointer_type(STATE)), 16) + start,
             offs, None,
-            lr, alpha, eps, weight_decay, momentum,
-            MAXIMIZE, DECAY, CENTERED, MOMENTUM, COMPUTE,
+            lr, alpha, eps, weight_decay, momentum, gain,
+            MAXIMIZE, DECAY, CENTERED, MOMENTUM,
+            EPS_IN_SQRT, LR_IN_MOMENTUM, NESTEROV, DECOUPLED, BIAS_CORRECTION, COMPUTE,
         )  # fmt: skip
     elif present:
         rmsprop_block(
@@ -106,6 +145,7 @@ def rmsprop_kernel(
             grad_avg.to(tl.pointer_type(STATE)) + start,
             momentum_buffer.to(tl.pointer_type(STATE)) + start,
             offs, offs < tl.minimum(left, BLOCK).to(tl.int32),
-            lr, alpha, eps, weight_decay, momentum,
-            MAXIMIZE, DECAY, CENTERED, MOMENTUM, COMPUTE,
+            lr, alpha, eps, weight_decay, momentum, gain,
+            MAXIMIZE, DECAY, CENTERED, MOMENTUM,
+            EPS_IN_SQRT, LR_IN_MOMENTUM, NESTEROV, DECOUPLED, BIAS_CORRECTION, COMPUTE,
         )  # fmt: skip

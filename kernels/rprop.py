@@ -7,14 +7,21 @@ import triton.language as tl
 @triton.jit
 def rprop_rule(
     param, grad, prev, step_size,
-    etaminus, etaplus, step_size_min, step_size_max,
-    MAXIMIZE: tl.constexpr,
+    etaminus, etaplus, step_size_min, step_size_max, loss_rose,
+    MAXIMIZE: tl.constexpr, VARIANT: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = param.dtype
     if MAXIMIZE:
         grad = -grad
     agreement = grad * prev  # NaN is neither positive nor negative: it counts as 0
-    prev = tl.where(agreement < 0, 0.0, grad)  # on a change of sign: stay put and forget the sign
+    if VARIANT == "rprop+" or VARIANT == "irprop+":  # the last update, taken back
+        sign = (prev > 0).to(dtype) - (prev < 0).to(dtype)
+        back = agreement if VARIANT == "rprop+" else agreement * tl.cast(loss_rose, dtype)
+        param = tl.where(back < 0, param + sign * step_size, param)
+    if VARIANT == "rprop-":
+        prev = grad
+    else:
+        prev = tl.where(agreement < 0, 0.0, grad)  # on a change of sign: stay put, forget the sign
     factor = tl.where(agreement < 0, tl.cast(etaminus, dtype), tl.cast(1.0, dtype))
     factor = tl.where(agreement > 0, tl.cast(etaplus, dtype), factor)
     step_size = tl.maximum(step_size * factor, tl.cast(step_size_min, dtype), tl.PropagateNan.ALL)
@@ -27,8 +34,8 @@ def rprop_rule(
 @triton.jit
 def rprop_block(
     param_ptr, grad_ptr, prev_ptr, step_size_ptr, offs, mask,
-    etaminus, etaplus, step_size_min, step_size_max,
-    MAXIMIZE: tl.constexpr, COMPUTE: tl.constexpr,
+    etaminus, etaplus, step_size_min, step_size_max, loss_rose,
+    MAXIMIZE: tl.constexpr, VARIANT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     param = tl.load(param_ptr + offs, mask).to(COMPUTE)
     grad = tl.load(grad_ptr + offs, mask).to(COMPUTE)
@@ -36,8 +43,9 @@ def rprop_block(
     step_size = tl.load(step_size_ptr + offs, mask).to(COMPUTE)
 
     param, prev, step_size = rprop_rule(
-        param, grad, prev, step_size, etaminus, etaplus, step_size_min, step_size_max, MAXIMIZE
-    )
+        param, grad, prev, step_size,
+        etaminus, etaplus, step_size_min, step_size_max, loss_rose, MAXIMIZE, VARIANT,
+    )  # fmt: skip
 
     tl.store(param_ptr + offs, param, mask)
     tl.store(prev_ptr + offs, prev, mask)
@@ -48,7 +56,8 @@ def rprop_block(
 def rprop_kernel(
     table_ptr, programs_ptr,
     etaminus: "fp64", etaplus: "fp64", step_size_min: "fp64", step_size_max: "fp64",
-    MAXIMIZE: tl.constexpr,
+    loss_rose: "fp64",
+    MAXIMIZE: tl.constexpr, VARIANT: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +81,7 @@ def rprop_kernel(
             tl.multiple_of(prev.to(tl.pointer_type(STATE)), 16) + start,
             tl.multiple_of(step_size.to(tl.pointer_type(STATE)), 16) + start,
             offs, None,
-            etaminus, etaplus, step_size_min, step_size_max, MAXIMIZE, COMPUTE,
+            etaminus, etaplus, step_size_min, step_size_max, loss_rose, MAXIMIZE, VARIANT, COMPUTE,
         )  # fmt: skip
     elif present:
         rprop_block(
@@ -81,5 +90,5 @@ def rprop_kernel(
             prev.to(tl.pointer_type(STATE)) + start,
             step_size.to(tl.pointer_type(STATE)) + start,
             offs, offs < tl.minimum(left, BLOCK).to(tl.int32),
-            etaminus, etaplus, step_size_min, step_size_max, MAXIMIZE, COMPUTE,
+            etaminus, etaplus, step_size_min, step_size_max, loss_rose, MAXIMIZE, VARIANT, COMPUTE,
         )  # fmt: skip

@@ -35,15 +35,37 @@ TARGETS = {
 }
 DTYPES = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32, "fp64": tl.float64}
 BITS = {"fp16": 16, "bf16": 16, "fp32": 32, "fp64": 64}
-PLAIN = {"lr_ptr": None, "MAXIMIZE": False, "DECAY": False, "CENTERED": False, "MOMENTUM": False}
+_TORCH = ("MAXIMIZE", "DECAY", "CENTERED", "MOMENTUM")
+_MORE = ("EPS_IN_SQRT", "LR_IN_MOMENTUM", "NESTEROV", "DECOUPLED", "BIAS_CORRECTION")
+
+
+def _rmsprop(*on: str) -> tuple[Any, dict[str, Any], int]:
+    """The kernel, its constants, and the tensors that it reads: parameter, gradient, states."""
+    constants = {"lr_ptr": None, "gain_ptr": None, **dict.fromkeys((*_TORCH, *_MORE), False)}
+    constants.update(dict.fromkeys(on, True))
+    return rmsprop_kernel, constants, 3 + ("CENTERED" in on) + ("MOMENTUM" in on)
+
+
+def _rprop(variant: str, maximize: bool = False) -> tuple[Any, dict[str, Any], int]:
+    return rprop_kernel, {"MAXIMIZE": maximize, "VARIANT": variant}, 4
+
+
 KERNELS: dict[str, tuple[Any, dict[str, Any], int]] = {
-    # constants, and the tensors that the rule reads: parameter, gradient, states
-    "rmsprop": (rmsprop_kernel, PLAIN, 3),
-    "rmsprop, momentum": (rmsprop_kernel, {**PLAIN, "MOMENTUM": True}, 4),
-    "rmsprop, centered": (rmsprop_kernel, {**PLAIN, "CENTERED": True}, 4),
-    "rmsprop, all": (rmsprop_kernel, {**dict.fromkeys(PLAIN, True), "lr_ptr": None}, 5),
-    "rprop": (rprop_kernel, {"MAXIMIZE": False}, 4),
-    "rprop, maximize": (rprop_kernel, {"MAXIMIZE": True}, 4),
+    "rmsprop": _rmsprop(),
+    "rmsprop, momentum": _rmsprop("MOMENTUM"),
+    "rmsprop, centered": _rmsprop("CENTERED"),
+    "rmsprop, all of torch": _rmsprop(*_TORCH),
+    "rmsprop, eps in sqrt": _rmsprop("EPS_IN_SQRT"),
+    "rmsprop, bias correction": _rmsprop("BIAS_CORRECTION"),
+    "rmsprop, decoupled": _rmsprop("DECAY", "DECOUPLED"),
+    "rmsprop, lr in momentum": _rmsprop("MOMENTUM", "LR_IN_MOMENTUM"),
+    "rmsprop, nesterov": _rmsprop("MOMENTUM", "NESTEROV"),
+    "rmsprop, all": _rmsprop(*_TORCH, *_MORE),
+    "rprop": _rprop("irprop-"),
+    "rprop, maximize": _rprop("irprop-", maximize=True),
+    "rprop-": _rprop("rprop-"),
+    "rprop+": _rprop("rprop+"),
+    "irprop+": _rprop("irprop+"),
 }
 
 

@@ -81,7 +81,7 @@ def main() -> int:
     figures: list[dict[str, Any]] = []
     print(f"in-place triad: {bandwidth / 1e9:.1f} GB/s, {torch.get_num_threads()} threads")
     heads = "".join(f"{head:>12}" for head in ("for-loop", "foreach", "tritonopt"))
-    print(f"{'':20}{heads}   us (10-90 %)   ratio  floor")
+    print(f"{'us':20}{heads}   (10-90 %)   ratio  floor")
     for workload, sizes in WORKLOADS.items():
         for name in BYTES:
             times = interleaved(steps(name, sizes), 2.0 if arguments.quick else 8.0)
@@ -92,9 +92,10 @@ def main() -> int:
             cells = "".join(f"{value:12,.0f}" for value in middle.values())
             print(f"{name + ' ' + workload:20}{cells}   {spread[0]:,.0f}-{spread[-1]:,.0f}"
                   f"   {ratio:.1f}x  {floor:.0%}", flush=True)  # fmt: skip
-            figures.append({"optimizer": name, "workload": workload, "median_us": middle,
-                            "p10_us": spread[0], "p90_us": spread[-1],
-                            "times_the_better_stock": ratio, "fraction_of_floor": floor})  # fmt: skip
+            figures.append({
+                "optimizer": name, "workload": workload, "median_us": middle, "p10_us": spread[0],
+                "p90_us": spread[-1], "times_the_better_stock": ratio, "fraction_of_floor": floor,
+            })  # fmt: skip
     if arguments.out:
         machine = {"device": platform.processor() or platform.machine(), "os": platform.system(),
                    "threads": torch.get_num_threads(), "torch": torch.__version__,

@@ -110,3 +110,29 @@ def ulps(actual: Tensor, expected: Tensor, scale: Tensor) -> float:
     size = torch.maximum(expected.abs(), scale.abs()).double()
     unit = torch.finfo(actual.dtype).eps * size.clamp(min=torch.finfo(actual.dtype).tiny)
     return float(((actual.double() - expected.double()).abs() / unit).nan_to_num(0).max())
+
+
+def assert_follows(ours: Any, theirs: Any, params: list[Any], copies: list[Any]) -> None:
+    """Equal to the last bit; closely where kernels round RMSprop's square root as torch may not.
+
+    NaN equals NaN. Only what torch has state for is compared.
+    """
+    exact = isinstance(ours, tritonopt.Rprop) or path(params[0].device)[0] == "eager"
+    limits = {"rtol": 0, "atol": 0} if exact else {"rtol": 2e-5, "atol": 2e-6}
+    for index, (param, copy) in enumerate(zip(params, copies, strict=True)):
+        pairs = {"value": (param.detach(), copy.detach())}
+        pairs |= {k: (ours.state[param][k], v) for k, v in theirs.state.get(copy, {}).items()}
+        for key, (actual, expected) in pairs.items():
+            torch.testing.assert_close(
+                actual, expected, equal_nan=True, **limits,
+                msg=lambda text, i=index, k=key: f"{k} of parameter {i}: {text}",
+            )  # fmt: skip
+
+
+def follow(ours: Any, theirs: Any, params: list[Any], copies: list[Any], steps: int = 3) -> None:
+    """Steps of both with the same gradients, compared after each."""
+    for _ in range(steps):
+        give_gradients(params, copies)
+        ours.step()
+        theirs.step()
+        assert_follows(ours, theirs, params, copies)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import compress, repeat
+from itertools import chain, compress, repeat
 from operator import is_, is_not
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ class Rule(NamedTuple):
     eager: Callable[..., None]
     keys: tuple[str, ...]  # of the state a group needs, besides "step"
     all_keys: tuple[str, ...]  # in the order in which the rule takes them
+    counts: bool = False  # whether it takes the number of steps, too
 
 
 BAD_GRADIENT = "has a gradient of another type, device or shape"
@@ -68,6 +69,8 @@ def why_not_native(param: Tensor) -> str | None:
         return f"is {param.dtype}".replace("torch.", "")
     if not slab.is_dense(param):
         return "is not dense"
+    if param.is_neg():
+        return "is lazily negated"
     kind, name = path(param.device)
     return None if kind else name
 
@@ -80,7 +83,7 @@ def why_not_together(param: Tensor, grad: Tensor | None, states: Sequence[Tensor
         return BAD_GRADIENT
     param, grad, states = local(param), local(grad), [local(state) for state in states]
     for tensor in states:
-        if not isinstance(tensor, Tensor) or not is_plain(tensor):
+        if not isinstance(tensor, Tensor) or not is_plain(tensor) or tensor.is_neg():
             return "has state that is not a plain tensor"
         if tensor.device != param.device:
             return f"has state on {tensor.device}"
@@ -108,7 +111,8 @@ class Guards:
         self._given = None if len(given) == len(tensors) else _given(tensors)
         sizes: Any = [list(t.size()) for t in given]
         strides: Any = [list(t.stride()) for t in given]
-        guards = TensorGuards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        with torch.no_grad():  # as in the step: they note whether a gradient is required
+            guards = TensorGuards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
         self._check = guards.check
 
     def fit(self, tensors: Sequence[Tensor | None]) -> bool:
@@ -118,12 +122,16 @@ class Guards:
         return _given(tensors) == self._given and self._check(*compress(tensors, self._given))
 
 
-def _shapes(tensors: Sequence[Tensor]) -> list[Any]:
-    return [(t.size(), t.stride(), t.dtype) for t in tensors]
-
-
 def _given(tensors: Sequence[Tensor | None]) -> list[bool]:
     return list(map(is_not, tensors, repeat(None)))
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _geometry(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    return [(t.dtype, t.device, t.size(), t.stride(), t.is_neg()) for t in tensors]
 
 
 class Bucket:
@@ -137,12 +145,13 @@ class Bucket:
         self.states = states
         self.device = params[0].device
         self.dtype = params[0].dtype
-        self._shapes = _shapes(params)
-        self._like = Guards(params)
         self.keys = ("step", *rule.keys)
         self._held = {key: [state[key] for state in states] for key in self.keys}
         self.columns = {key: self._local(column) for key, column in self._held.items()}
-        self.addresses = self._addresses(params)
+        self.tensors = list(chain(params, *self.columns.values()))
+        self.addresses = _addresses(self.tensors)
+        self.geometry = _geometry(self.tensors)
+        self._as_before = Guards(self.tensors)
         grads = (p.grad for p in self.owners)
         self.grad_dtype = next((g.dtype for g in grads if g is not None), self.dtype)
         self._expected: Guards | None = None  # of gradients that need no look, one by one
@@ -160,22 +169,20 @@ class Bucket:
     def _local(self, tensors: list[Any]) -> list[Any]:
         return list(map(local, tensors)) if self.sharded else tensors
 
-    def _addresses(self, params: list[Tensor]) -> list[list[int]]:
-        tensors = [params, *map(self._local, self._held.values())]
-        return [list(map(Tensor.data_ptr, column)) for column in tensors]
-
     def holds(self) -> bool:
-        """Whether every parameter and state tensor still lies where it lay."""
+        """Whether every parameter and state tensor still lies where it lay, and as it lay."""
         try:
             for key, column in self._held.items():
                 if not all(map(is_, [state[key] for state in self.states], column)):
                     return False
         except KeyError:
             return False
-        params = self._local(self.owners)
-        if not self._like.fit(params) and _shapes(params) != self._shapes:
-            return False
-        return self._addresses(params) == self.addresses
+        tensors = self.tensors
+        if self.sharded:  # a DTensor may have got another part
+            tensors = self._local(list(chain(self.owners, *self._held.values())))
+        return _addresses(tensors) == self.addresses and (
+            self._as_before.fit(tensors) or _geometry(tensors) == self.geometry
+        )
 
     def gradients(self) -> list[Tensor | None] | None:
         """The gradients as the update needs them; None if there are none."""
@@ -200,7 +207,7 @@ class Bucket:
                     raise RuntimeError(f"{self.rule.title} does not support {kind}")
                 if grad.dtype != self.grad_dtype or not _belongs(grad, param):
                     raise Stale
-                if not same_layout(grad, param) or grad.is_neg():
+                if not same_layout(grad, param) or grad.is_neg() or grad._is_zerotensor():
                     grad = torch.empty_like(param, dtype=grad.dtype).copy_(grad)
             fitted.append(grad)
         if all(map(is_, fitted, grads)):
@@ -218,8 +225,19 @@ class Bucket:
             if grads[index] is not None:
                 self.states[index]["step"] += 1
 
+    def counts(self) -> float | Tensor:
+        """The number of steps: of all parameters if it is one and the host knows it, or of each."""
+        flat = self._steps[0].flats[0] if len(self._steps) == 1 and not self._lone_steps else None
+        counts = torch.stack(self.columns["step"]) if flat is None else flat
+        if not counts.is_cpu:
+            return counts
+        low, high = torch.aminmax(counts)
+        return float(low) if low == high else counts
+
     def step(self, grads: list[Tensor | None], hyper: dict[str, Any]) -> None:
         self.count(grads)
+        if self.rule.counts:
+            hyper["step"] = self.counts()
         self.update(grads, **hyper)
         changed = [p for p, g in zip(self.owners, grads, strict=True) if g is not None]
         torch.autograd.graph.increment_version(changed)  # a later backward must notice
@@ -250,14 +268,15 @@ class Layout:
         self.params: list[Tensor] = list(group["params"])
         self.flags = flags
         self.states = [state.get(p) for p in self.params]
-        self.stateless = [p for p, s in zip(self.params, self.states, strict=True) if not s]
+        lacking = [not s or not s.keys() >= {*rule.keys} for s in self.states]
+        self.stateless = list(compress(self.params, lacking))
         self.fallback: list[tuple[Tensor, str]] = []  # left to torch, and why
         self.steps = 0  # taken since
 
         members: dict[tuple[Any, ...], list[int]] = {}
         shared = _overlapping([local(param) for param in self.params])
         for index, (param, entry) in enumerate(zip(self.params, self.states, strict=True)):
-            if not entry and not why_torch and param.grad is None:
+            if lacking[index] and not why_torch and param.grad is None:
                 continue  # it may be lazy, or moved before its first gradient comes
             why = why_torch or why_not_native(param)
             if why is None and group["capturable"] and param.device.type not in _CAPTURABLE:

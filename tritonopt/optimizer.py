@@ -12,28 +12,42 @@ from tritonopt import slab
 from tritonopt.describe import table
 from tritonopt.device import is_capturing
 from tritonopt.layout import Layout, Rule, Stale, is_plain, same_layout, why_not_native
-from tritonopt.shard import is_sharded
+from tritonopt.shard import is_sharded, local
 
 
 class SlabOptimizer(torch.optim.Optimizer):
     """Mixed in before one of torch's optimizers: validation, texts and old checkpoints are its."""
 
     _layouts: dict[int, Layout]  # by position in param_groups; a cache, verified at every step
+    _options: dict[str, Any] = {}  # that torch does not have, with the values of torch's rule
 
-    def __init__(self, params: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, params: Any, *args: Any, options: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(params, *args, **kwargs)
-        self._begin_all()
+        self._begin_all(options or {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        built = "_layouts" in self.__dict__  # not while the constructor adds the first groups
+        if built and isinstance(param_group, dict):
+            self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        if "_layouts" in self.__dict__:  # not while the constructor adds the first groups
+        if built:
             self._begin(len(self.param_groups) - 1)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_layouts", {})
+        for group in (self.defaults, *self.param_groups):
+            for name, value in self._options.items():
+                group.setdefault(name, value)
 
-    def _begin_all(self) -> None:
+    def _begin_all(self, options: dict[str, Any]) -> None:
+        self.defaults.update(options)
+        for group in self.param_groups:
+            for name, value in options.items():
+                group.setdefault(name, value)
+            self._check(group)
         self._layouts = {}
         for index in range(len(self.param_groups)):
             self._begin(index)
@@ -41,7 +55,7 @@ class SlabOptimizer(torch.optim.Optimizer):
     def _adopt(self) -> None:
         """Takes over after `__class__` was changed from torch's optimizer."""
         self._patch_step_function()  # hooks and profiler names, once per class
-        self._begin_all()
+        self._begin_all(self._options)
 
     # What a subclass says of its rule.
 
@@ -60,6 +74,13 @@ class SlabOptimizer(torch.optim.Optimizer):
         """The value with which a state tensor begins."""
         return 0.0
 
+    def _see_loss(self, loss: Any) -> None:
+        """Called once per step, before anything is updated, with what the closure returned."""
+
+    def _is_as_new(self, entry: dict[str, Any]) -> bool:
+        """Whether state is as it was made."""
+        return not any(bool(local(tensor).any()) for tensor in entry.values())
+
     def _before_update(self, group: dict[str, Any], layout: Layout) -> None:
         """Called before each update of a group."""
 
@@ -69,6 +90,20 @@ class SlabOptimizer(torch.optim.Optimizer):
             return "differentiable=True"
         if group["foreach"] is not None:
             return f"foreach={group['foreach']}"
+        return None
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raises ValueError where an option has a wrong value or does not go with another."""
+        option = self._beyond_torch(group)
+        why = self._why_torch(group) if option else None
+        if why:
+            raise ValueError(f"{option} is not in torch's implementation, which {why} selects")
+
+    def _beyond_torch(self, group: dict[str, Any]) -> str | None:
+        """An option in force that torch does not have; None if torch has the group's rule."""
+        for name, value in self._options.items():
+            if group[name] != value:
+                return f"{name}={group[name]!r}"
         return None
 
     # The step.
@@ -85,6 +120,8 @@ class SlabOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse. No parameter and no state has been changed then.
+            ValueError: an option that torch does not have meets a parameter that is left to torch,
+                or the variant needs a loss and there is none. Nothing has been changed, either.
         """
         self._accelerator_graph_capture_health_check()
         loss = None
@@ -93,22 +130,38 @@ class SlabOptimizer(torch.optim.Optimizer):
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             work = [self._examine(index) for index in range(len(self.param_groups))]
+            self._see_loss(loss)
             for group, (layout, gradients) in zip(self.param_groups, work, strict=True):
                 self._update(group, layout, gradients)
         return loss
 
     def _examine(self, index: int) -> tuple[Layout, list[list[Tensor | None] | None]]:
         """The group's layout as it is now, and the gradients of each of its buckets."""
+        self._check(self.param_groups[index])
         layout = self._current(index)
-        for param, _ in layout.fallback:
-            if param.grad is not None and param.grad.is_sparse:
-                title = self._rule(self.param_groups[index]).title
-                raise RuntimeError(f"{title} does not support sparse gradients")
+        self._check_fallback(index, layout)
         try:
             return layout, [bucket.gradients() for bucket in layout.buckets]
         except Stale:
             layout = self._look(index)
+            self._check_fallback(index, layout)
             return layout, [bucket.gradients() for bucket in layout.buckets]
+
+    def _check_fallback(self, index: int, layout: Layout) -> None:
+        """Raises where torch could not do what the group asks of it."""
+        group = self.param_groups[index]
+        option = self._beyond_torch(group) if layout.fallback else None
+        for param, why in layout.fallback:
+            if param.grad is None:
+                continue
+            if param.grad.is_sparse:
+                title = self._rule(group).title
+                raise RuntimeError(f"{title} does not support sparse gradients")
+            if option:
+                raise ValueError(
+                    f"{option} is not in torch's implementation, which is needed for a parameter "
+                    f"of size {tuple(param.size())}: it {why}"
+                )
 
     def _update(
         self, group: dict[str, Any], layout: Layout, gradients: list[list[Tensor | None] | None]
@@ -138,8 +191,8 @@ class SlabOptimizer(torch.optim.Optimizer):
                     "parameters, state or options changed since the last step, or there was none: "
                     "take one step before a graph captures it"
                 )
-            params = (p for p in group["params"] if p.grad is not None or self.state.get(p))
-            slabs = self._make_state(group, params)
+            begun = [p for p in group["params"] if p.grad is not None or self.state.get(p)]
+            slabs = self._make_state(group, begun)
             return self._look(index, slabs)
         assert layout is not None
         layout.steps += 1
@@ -155,7 +208,8 @@ class SlabOptimizer(torch.optim.Optimizer):
         """Makes the layout, which holds the slabs it finds in use; `new` ones live until then."""
         group = self.param_groups[index]
         flags, why_torch = self._flags(group), self._why_torch(group)
-        layout = Layout(self._rule(group), group, self.state, flags, why_torch)
+        with torch.inference_mode(False):
+            layout = Layout(self._rule(group), group, self.state, flags, why_torch)
         self._layouts[index] = layout
         return layout
 
@@ -170,13 +224,9 @@ class SlabOptimizer(torch.optim.Optimizer):
     def _make_state(self, group: dict[str, Any], params: Iterable[Tensor]) -> list[slab.Slab]:
         """State for the parameters that have none yet, unless torch must make it itself."""
         rule = self._rule(group)
-        new = [
-            p
-            for p in params
-            if why_not_native(p) is None and (not self.state.get(p) or self._has_outgrown(p, rule))
-        ]
         if group["differentiable"]:
             return []
+        new = [p for p in params if why_not_native(p) is None and self._is_unmade(p, rule.keys)]
         slabs = []
         scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
         for param in filter(is_sharded, new):
@@ -198,23 +248,32 @@ class SlabOptimizer(torch.optim.Optimizer):
                 self.state[param] = {key: column[number] for key, column in columns.items()}
         return slabs
 
-    def _has_outgrown(self, param: Tensor, rule: Rule) -> bool:
-        """Whether a parameter was cast or moved since its state was made, which is yet unused."""
-        state = self.state[param]
-        tensors = [state.get(key) for key in rule.keys]
-        if not all(isinstance(tensor, Tensor) for tensor in tensors):
-            return False
-        fits = all(t.dtype == param.dtype and t.device == param.device for t in tensors)
-        return not fits and self._is_unused(state)
+    def _is_unmade(self, param: Tensor, keys: Sequence[str]) -> bool:
+        """Whether a parameter has no state, or one as new that does not fit it any more.
 
-    def _is_unused(self, state: dict[str, Any]) -> bool:
-        """Whether the state is what it was made as: no step has been taken."""
-        return float(state["step"]) == 0
+        torch makes state at the first step: until then, momentum may be turned on, and the model
+        be moved and cast.
+        """
+        entry = self.state.get(param)
+        if not entry:
+            return True
+        if not all(isinstance(value, Tensor) for value in entry.values()):
+            return False
+        fits = all(
+            key in entry and (entry[key].dtype, entry[key].device) == (param.dtype, param.device)
+            for key in keys
+        )
+        return not fits and self._is_as_new(entry)
 
     @torch.no_grad()
     def _pack_moved(self, group: dict[str, Any], layout: Layout) -> list[slab.Slab]:
         """Packs what left the slabs; no parameter of an accelerator: graphs may know its place."""
-        native = [p for p in layout.params if self.state.get(p) and why_not_native(p) is None]
+        keys = {"step", *self._rule(group).keys}
+        native = [
+            p
+            for p in layout.params
+            if self.state.get(p, {}).keys() >= keys and why_not_native(p) is None
+        ]
         if self._why_torch(group) or any(is_capturing(p.device) for p in native[:1]):
             return []
         slabs = _pack([p for p in native if p.device.type == "cpu"])

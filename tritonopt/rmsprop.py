@@ -6,12 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, _to_scalar
 from torch.optim.rmsprop import rmsprop
 
 from tritonopt import eager
 from tritonopt.layout import Rule
 from tritonopt.optimizer import SlabOptimizer
+
+_HYPER = ("alpha", "eps", "weight_decay", "momentum", "maximize")
+_SWITCHES = ("eps_in_sqrt", "lr_in_momentum", "nesterov", "decoupled_weight_decay")
 
 
 class RMSprop(SlabOptimizer, torch.optim.RMSprop):
@@ -41,12 +44,26 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
         foreach: given explicitly, True or False selects torch's own implementation.
         maximize: ascend instead of descend.
         differentiable: let autograd run through :meth:`step`; selects torch's own implementation.
+        eps_in_sqrt: the denominator is :math:`\sqrt{v_t + \epsilon}`.
+        lr_in_momentum: :math:`b_t = \mu b_{t-1} + \gamma g_t / (\sqrt{v_t} + \epsilon)` and
+            :math:`\theta_t = \theta_{t-1} - b_t`: a new ``lr`` leaves earlier updates as they were.
+        initial_scale: what ``square_avg`` starts from.
+        nesterov: the step is :math:`\mu b_t` plus what was last added to :math:`b_t`.
+        bias_correction: :math:`v_t` and the running mean of the gradient are divided by
+            :math:`1 - \alpha^t`. With ``centered``, too, the first step divides by ``eps`` alone.
+        decoupled_weight_decay: :math:`\theta` is multiplied by :math:`1 - \gamma \lambda` before
+            the update, and the gradient left as it is.
+
+    The six last ones are not in torch: with them, what only torch can do raises. A checkpoint of
+    torch loads with all of them off; torch loads ours and leaves them aside.
 
     State of each parameter, each of its shape and dtype but ``step`` (a float32 scalar): ``step``,
     ``square_avg``, ``momentum_buffer`` if ``momentum`` is positive, ``grad_avg`` if ``centered``.
 
     Raises:
-        ValueError: a hyperparameter is negative, or a tensor ``lr`` has several elements.
+        ValueError: a hyperparameter is negative, a tensor ``lr`` has several elements, ``nesterov``
+            or ``lr_in_momentum`` has no ``momentum``, ``bias_correction`` has an ``alpha`` of 1 or
+            more, or an option that torch does not have meets ``foreach`` or ``differentiable``.
         TypeError: ``params`` is one tensor, or holds something else than tensors.
 
     Example:
@@ -61,6 +78,8 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
         Generating Sequences With Recurrent Neural Networks (2013), https://arxiv.org/abs/1308.0850.
     """
 
+    _options = {"initial_scale": 0.0, "bias_correction": False, **dict.fromkeys(_SWITCHES, False)}
+
     def __init__(
         self,
         params: ParamsT,
@@ -74,10 +93,25 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
+        *,
+        eps_in_sqrt: bool = False,
+        lr_in_momentum: bool = False,
+        initial_scale: float = 0.0,
+        nesterov: bool = False,
+        bias_correction: bool = False,
+        decoupled_weight_decay: bool = False,
     ) -> None:
+        options = {
+            "eps_in_sqrt": eps_in_sqrt,
+            "lr_in_momentum": lr_in_momentum,
+            "initial_scale": initial_scale,
+            "nesterov": nesterov,
+            "bias_correction": bias_correction,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
         super().__init__(
             params, lr, alpha, eps, weight_decay, momentum, centered,
-            capturable, foreach, maximize, differentiable,
+            capturable, foreach, maximize, differentiable, options=options,
         )  # fmt: skip
 
     def _rule(self, group: dict[str, Any]) -> Rule:
@@ -87,17 +121,40 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
         if group["centered"]:
             keys.append("grad_avg")
         order = ("square_avg", "grad_avg", "momentum_buffer")
-        return Rule("RMSprop", "rmsprop_", eager.rmsprop_, tuple(keys), order)
+        counts = bool(group["bias_correction"])
+        return Rule("RMSprop", "rmsprop_", eager.rmsprop_, tuple(keys), order, counts)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        names = ("lr", "alpha", "eps", "weight_decay", "momentum", "maximize")
-        return {name: group[name] for name in names}
+        names = (*_HYPER, *_SWITCHES)
+        return {"lr": _to_scalar(group["lr"]), **{name: group[name] for name in names}}
+
+    def _initial(self, key: str, group: dict[str, Any]) -> float:
+        return float(group["initial_scale"]) if key == "square_avg" else 0.0
+
+    def _is_as_new(self, entry: dict[str, Any]) -> bool:
+        rest = {key: value for key, value in entry.items() if key != "square_avg"}
+        starts = {group["initial_scale"] for group in self.param_groups}
+        average = entry.get("square_avg")
+        fresh = average is None or any(
+            torch.equal(average, torch.full_like(average, start)) for start in starts
+        )
+        return fresh and super()._is_as_new(rest)
+
+    def _check(self, group: dict[str, Any]) -> None:
+        if not 0.0 <= group["initial_scale"]:
+            raise ValueError(f"Invalid initial_scale value: {group['initial_scale']}")
+        for name in ("nesterov", "lr_in_momentum"):
+            if group[name] and group["momentum"] <= 0:
+                raise ValueError(f"{name}=True requires a momentum")
+        if group["bias_correction"] and not group["alpha"] < 1:
+            raise ValueError("bias_correction=True requires an alpha below 1")
+        super()._check(group)
 
     def _torch_update(self, group: dict[str, Any]) -> None:
         lists: list[list[Tensor]] = [[] for _ in range(6)]
         has_complex = self._init_group(group, *lists)
         params, grads, square_avgs, momentum_buffers, grad_avgs, steps = lists
-        names = (*self._hyper(group), "centered", "foreach", "differentiable", "capturable")
+        names = ("lr", *_HYPER, "centered", "foreach", "differentiable", "capturable")
         rmsprop(
             params, grads, square_avgs, grad_avgs, momentum_buffers, steps,
             has_complex=has_complex, **{name: group[name] for name in names},

@@ -17,6 +17,8 @@ from tritonopt.optimizer import SlabOptimizer
 from tritonopt.shard import local
 from tritonopt.slab import Slab
 
+VARIANTS = ("irprop-", "rprop-", "rprop+", "irprop+")
+
 
 class Rprop(SlabOptimizer, torch.optim.Rprop):
     r"""Drop-in for :class:`torch.optim.Rprop`: same signature, state, checkpoints and results.
@@ -43,6 +45,16 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         foreach: given explicitly, True or False selects torch's own implementation.
         maximize: ascend instead of descend.
         differentiable: let autograd run through :meth:`step`; selects torch's own implementation.
+        variant: what happens to an element whose gradient changes its sign, besides that its step
+            size shrinks. All but the first are not in torch: with them, what only torch can do
+            raises.
+
+            - ``"irprop-"``, torch's: it stays put for one step (Igel & Hüsken 2000).
+            - ``"rprop-"``: it takes the smaller step (Riedmiller 1994).
+            - ``"rprop+"``: its last update is taken back (Riedmiller & Braun 1993).
+            - ``"irprop+"``: likewise, but only if the loss rose since the last step, else it stays
+              put (Igel & Hüsken 2000). The loss is what the closure given to :meth:`step` returns;
+              the last one is ``last_loss`` of the param group. With ``maximize``: if it fell.
 
     State of each parameter, each of its shape and dtype but ``step`` (a float32 scalar): ``step``,
     ``prev`` (the last gradient, 0 after a change of sign), ``step_size``. It exists from
@@ -51,8 +63,9 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
     may have changed it.
 
     Raises:
-        ValueError: ``lr`` is negative or has several elements, or the factors are not
-            ``0 < etaminus < 1 < etaplus``.
+        ValueError: ``lr`` is negative or has several elements, the factors are not
+            ``0 < etaminus < 1 < etaplus``, there is no such ``variant``, or ``foreach`` or
+            ``differentiable`` is given with a variant that torch does not have.
         TypeError: ``params`` is one tensor, or holds something else than tensors.
 
     Example:
@@ -67,6 +80,10 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         RPROP Algorithm (1993); C. Igel, M. Hüsken, Improving the Rprop Learning Algorithm (2000).
     """
 
+    _options = {"variant": "irprop-"}
+    _loss: float  # of this step, for "irprop+"
+    _loss_rose = False  # since the last one, for the group that is being updated
+
     def __init__(
         self,
         params: ParamsT,
@@ -78,11 +95,12 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         foreach: bool | None = None,
         maximize: bool = False,
         differentiable: bool = False,
+        variant: str = "irprop-",
     ) -> None:
         super().__init__(
             params, lr, etas, step_sizes,
             capturable=capturable, foreach=foreach, maximize=maximize,
-            differentiable=differentiable,
+            differentiable=differentiable, options={"variant": variant},
         )  # fmt: skip
 
     def _rule(self, group: dict[str, Any]) -> Rule:
@@ -90,21 +108,22 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         return Rule("Rprop", "rprop_", eager.rprop_, keys, keys)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        etaminus, etaplus = group["etas"]
-        step_size_min, step_size_max = group["step_sizes"]
         return {
-            "etaminus": etaminus,
-            "etaplus": etaplus,
-            "step_size_min": step_size_min,
-            "step_size_max": step_size_max,
-            "maximize": group["maximize"],
+            **_torch_hyper(group),
+            "variant": group["variant"],
+            "loss_rose": self._loss_rose,
         }
+
+    def _check(self, group: dict[str, Any]) -> None:
+        if group["variant"] not in VARIANTS:
+            raise ValueError(f"Invalid variant: {group['variant']!r}, not one of {VARIANTS}")
+        super()._check(group)
 
     def _initial(self, key: str, group: dict[str, Any]) -> float:
         return float(group["lr"]) if key == "step_size" else 0.0
 
     def _why_torch(self, group: dict[str, Any]) -> str | None:
-        etaminus, etaplus = torch.tensor(group["etas"], dtype=torch.float32).tolist()
+        etaminus, etaplus = (_rounded(eta, torch.float32) for eta in group["etas"])
         if not 0 < etaminus < 1 < etaplus:  # possible in a group: torch validates defaults only
             return f"etas={group['etas']}"
         return super()._why_torch(group)
@@ -116,39 +135,84 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         names = ("foreach", "differentiable", "capturable")
         rprop(
             params, grads, prevs, step_sizes, steps,
-            has_complex=has_complex, **self._hyper(group), **{name: group[name] for name in names},
+            has_complex=has_complex, **_torch_hyper(group), **{name: group[name] for name in names},
         )  # fmt: skip
+
+    # The loss.
+
+    def _begin(self, index: int) -> None:
+        if self.param_groups[index]["variant"] == "irprop+":
+            self.param_groups[index].setdefault("last_loss", None)
+        super()._begin(index)
+
+    def _see_loss(self, loss: Any) -> None:
+        if all(group["variant"] != "irprop+" for group in self.param_groups):
+            return
+        if loss is None:
+            raise ValueError("variant='irprop+' needs the loss: step(closure) must return it")
+        if isinstance(loss, Tensor) and is_capturing(loss.device):
+            raise RuntimeError("variant='irprop+' compares losses on the host: no graph can do it")
+        self._loss = float(loss.detach() if isinstance(loss, Tensor) else loss)
 
     # The first step.
 
-    def _is_unused(self, state: dict[str, Any]) -> bool:
-        if not super()._is_unused(state):
-            return False
-        step_size, prev = local(state["step_size"]), local(state["prev"])
-        if not step_size.numel():
-            return True
-        low, high = torch.aminmax(step_size)
-        return bool(low == high) and not bool(prev.any())
+    def _is_as_new(self, entry: dict[str, Any]) -> bool:
+        return {"step", "prev", "step_size"} <= entry.keys() and _is_unused(entry)
 
     def _look(self, index: int, new: Sequence[Slab] = ()) -> Layout:
         layout = super()._look(index, new)
         layout.unused_step_sizes = [  # type: ignore[attr-defined]
             (param, local(entry["step_size"]), float(local(entry["step_size"]).flatten()[0]))
             for param, entry in zip(layout.params, layout.states, strict=True)
-            if entry and not param.is_complex() and local(param).numel() and self._is_unused(entry)
+            if entry
+            and "step_size" in entry
+            and not param.is_complex()
+            and local(param).numel()
+            and _is_unused(entry)
         ]
         return layout
 
     @torch.no_grad()
     def _before_update(self, group: dict[str, Any], layout: Layout) -> None:
+        if group["variant"] == "irprop+":
+            last, sign = group.get("last_loss"), -1 if group["maximize"] else 1
+            self._loss_rose = last is not None and sign * self._loss > sign * last
+            group["last_loss"] = self._loss
         waiting = []
         for param, step_size, value in layout.unused_step_sizes:  # type: ignore[attr-defined]
             if param.grad is None:
                 waiting.append((param, step_size, value))
-            elif float(torch.tensor(float(group["lr"]), dtype=step_size.dtype)) != value:
+            elif _rounded(float(group["lr"]), step_size.dtype) != value:
                 if is_capturing(param.device):
                     raise RuntimeError(
                         "lr changed before the first step: take one step before a graph captures it"
                     )
                 step_size.fill_(float(group["lr"]))
         layout.unused_step_sizes = waiting  # type: ignore[attr-defined]
+
+
+def _torch_hyper(group: dict[str, Any]) -> dict[str, Any]:
+    etaminus, etaplus = group["etas"]
+    step_size_min, step_size_max = group["step_sizes"]
+    return {
+        "etaminus": etaminus,
+        "etaplus": etaplus,
+        "step_size_min": step_size_min,
+        "step_size_max": step_size_max,
+        "maximize": group["maximize"],
+    }
+
+
+def _is_unused(entry: dict[str, Any]) -> bool:
+    """Whether no step has been taken and the step sizes are still those they were created with."""
+    step_size, prev = local(entry["step_size"]), local(entry["prev"])
+    if float(entry["step"]) != 0:
+        return False
+    if not step_size.numel():
+        return True
+    low, high = torch.aminmax(step_size)
+    return bool(low == high) and not bool(prev.any())
+
+
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    return float(torch.tensor(value, dtype=dtype, device="cpu"))

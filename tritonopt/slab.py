@@ -26,7 +26,7 @@ MAX_BYTES = 2**28
 
 
 class Slab:
-    """One contiguous allocation. It lives while it is held, its memory while any piece is."""
+    """One contiguous allocation. It lives, and is found, while any piece of it does."""
 
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
         self.memory = torch.zeros(numel, dtype=dtype, device=device)
@@ -55,7 +55,10 @@ def _forget(reference: weakref.ref[Slab]) -> None:
 
 
 def find(tensor: Tensor) -> Slab | None:
-    """The live slab of the tensor's dtype and device in which it lies, if there is one."""
+    """The slab of the tensor's dtype and device of which it is a piece, if there is one.
+
+    A view of a part of a piece is none: what follows it is not padding but the rest of the piece.
+    """
     address = tensor.data_ptr()
     with _lock:
         position = bisect.bisect(_starts, address) - 1
@@ -63,7 +66,12 @@ def find(tensor: Tensor) -> Slab | None:
     if slab is None or not slab.start <= address < slab.end:
         return None
     same = slab.memory.dtype == tensor.dtype and slab.memory.device == tensor.device
-    return slab if same else None
+    return slab if same and _fills_storage(tensor) else None
+
+
+def _fills_storage(tensor: Tensor) -> bool:
+    nbytes = tensor.numel() * tensor.itemsize
+    return bool(tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == nbytes)
 
 
 def pitch(numel: int, dtype: torch.dtype, alignment: int = ALIGNMENT) -> int:
@@ -84,19 +92,21 @@ def batches(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Sequence[
     yield tensors[first:]
 
 
+@torch.inference_mode(False)  # an inference tensor could not be updated outside of that mode
 def allocate(
     like: Sequence[Tensor], dtype: torch.dtype, device: torch.device, alignment: int = ALIGNMENT
 ) -> tuple[list[Tensor], Slab]:
     """Zeros of the shapes and strides of `like`, side by side in one slab.
 
     Every piece has a storage of its own and of its own size, so that saving, resizing or sharing
-    one concerns no other. It keeps the slab's memory alive.
+    one concerns no other. It keeps the slab alive.
     """
     pitches = [pitch(t.numel(), dtype, alignment) for t in like]
     slab = Slab(sum(pitches), dtype, device)
     pieces = []
     for tensor, offset in zip(like, accumulate(pitches, initial=0), strict=False):
         piece = slab.memory.as_strided(tensor.size(), tensor.stride(), offset)
+        piece.slab = slab  # type: ignore[attr-defined]  # the capsule holds the tensor and this
         pieces.append(torch.from_dlpack(torch.utils.dlpack.to_dlpack(piece)))
     return pieces, slab
 
@@ -194,7 +204,7 @@ def _holders(tensor: Tensor) -> int:
 
 @cache
 def _sole_holder() -> int:
-    return _holders(torch.empty(1))
+    return _holders(torch.empty(1, device="cpu"))
 
 
 @cache
@@ -223,15 +233,16 @@ def why_not_packed(param: Tensor) -> str | None:
         return "is not a leaf"
     if param.is_inference():
         return "is an inference tensor"
-    nbytes = param.numel() * param.itemsize
-    if param.storage_offset() != 0 or param.untyped_storage().nbytes() != nbytes:
+    if not _fills_storage(param):
         return "is a view of a larger storage"
-    if nbytes > MAX_BYTES:
+    if param.numel() * param.itemsize > MAX_BYTES:
         return f"is larger than a slab ({MAX_BYTES >> 20} MiB)"
     if find(param) is not None:
         return None
     if param.device.type == "cpu" and (param.is_shared() or param.is_pinned()):
         return "lies in shared or pinned memory"
+    if not param.untyped_storage().resizable():
+        return "lies in memory of another owner"  # a NumPy array, a mapped file
     if _holders(param) > _sole_holder():
         return "shares its storage with another tensor"
     if not _has_dlpack(param.device.type):

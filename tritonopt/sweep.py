@@ -7,7 +7,8 @@ their gradients, which autograd scatters, are gathered first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -43,10 +44,11 @@ class Sweep:
             + [span.offsets[-1] for span in self.spans]
             + [min(params[index].numel(), PIECE) for index in self.alone]
         )
+        kind: dict[str, Any] = {"dtype": self.dtype, "device": "cpu"}  # whatever the default device
         casts = [c is not None and c[0].dtype != self.dtype for c in self.columns]
-        self._casts = [torch.empty(longest, dtype=self.dtype) if c else None for c in casts]
-        self._scratch = torch.empty(2, longest, dtype=self.dtype)
-        self._grad = torch.zeros(longest, dtype=self.dtype)
+        self._casts = [torch.empty(longest, **kind) if c else None for c in casts]
+        self._scratch = torch.empty(2, longest, **kind)
+        self._grad = torch.zeros(longest, **kind)
         self._grads = [
             [
                 self._grad.as_strided(params[index].size(), params[index].stride(), offset)
@@ -62,9 +64,15 @@ class Sweep:
         ]
 
     def __call__(self, grads: Sequence[Tensor | None], **hyper: Any) -> None:
-        """Updates every tensor that has a gradient. A gradient has its parameter's strides."""
+        """Updates every tensor that has a gradient. A gradient has its parameter's strides.
+
+        `step`, if the rule takes it, is a number, or a tensor with the number of each tensor.
+        """
+        steps = hyper["step"].tolist() if isinstance(hyper.get("step"), Tensor) else None
         for span, views, gapless in zip(self.spans, self._grads, self._gapless, strict=True):
-            for part in slab.present(span, grads):
+            for part in _stretches(span, grads, steps):
+                if steps is not None:
+                    hyper["step"] = steps[span.first + part.start]
                 source: Any = grads[span.first + part.start : span.first + part.stop]
                 where = slice(span.offsets[part.start], span.offsets[part.stop])
                 if gapless:
@@ -76,6 +84,8 @@ class Sweep:
         for index in self.alone:
             grad = grads[index]
             if grad is not None:
+                if steps is not None:
+                    hyper["step"] = steps[index]
                 pieces = [
                     None if column is None else _flat(column[index]).split(PIECE)
                     for column in self.columns
@@ -97,6 +107,20 @@ class Sweep:
         for flat, computed in zip(flats, work, strict=True):
             if flat is not None and computed is not None and computed is not flat:
                 flat.copy_(computed)
+
+
+def _stretches(
+    span: slab.Span, grads: Sequence[Tensor | None], steps: list[float] | None
+) -> Iterator[slice]:
+    """The stretches of a span in which every tensor has a gradient and the same number of steps."""
+    if steps is None:
+        yield from slab.present(span, grads)
+        return
+    for part in slab.present(span, grads):
+        indices = range(part.start, part.stop)
+        for _, same in groupby(indices, lambda index: steps[span.first + index]):
+            members = list(same)
+            yield slice(members[0], members[-1] + 1)
 
 
 def _flat(tensor: Tensor) -> Tensor:

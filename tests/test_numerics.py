@@ -1,0 +1,322 @@
+"""Numbers on which implementations differ: NaN, infinities, signed zeros, limits, digits."""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from cases import OURS, TORCH, assert_follows, follow, give_gradients, parameters, twins
+from torch import nn
+
+from tritonopt.device import INTERPRET
+
+SPECIAL = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0, 1e-30, -1e30]
+SEQUENCES = torch.tensor(list(itertools.product(SPECIAL, repeat=3)), dtype=torch.float64).t()
+
+
+@pytest.fixture(params=OURS)
+def name(request):
+    return request.param
+
+
+def bits(tensor):
+    """Such that NaN equals NaN, and 0.0 does not equal -0.0."""
+    tensor = torch.where(tensor.isnan(), torch.full_like(tensor, float("nan")), tensor.detach())
+    return tensor.view({4: torch.int32, 8: torch.int64}[tensor.itemsize])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("start", [0.0, -0.0, 1.5, float("inf"), float("nan")])
+@pytest.mark.parametrize("maximize", [False, True], ids=["min", "max"])
+@pytest.mark.parametrize("step_sizes", [(1e-6, 50), (0.0, float("inf"))], ids=str)
+def test_rprop_of_every_sequence_of_special_gradients(dtype, start, maximize, step_sizes, device):
+    param = nn.Parameter(torch.full(SEQUENCES.shape[1:], start, dtype=dtype, device=device))
+    lr = 1e38 if step_sizes[1] > 50 and dtype == torch.float32 else 0.1
+    ours, theirs, copies = twins(
+        "Rprop", [param], lr=lr, maximize=maximize, step_sizes=step_sizes, etas=(0.5, 4.0)
+    )
+    for grads in SEQUENCES:
+        param.grad = grads.to(param)
+        copies[0].grad = param.grad.clone()
+        ours.step()
+        theirs.step()
+        assert torch.equal(bits(param), bits(copies[0]))
+        for key in ("prev", "step_size"):  # a kernel negates by subtracting from 0.0: never -0.0
+            mine, other = (
+                bits(o.state[p][key] + 0.0) for o, p in ((ours, param), (theirs, copies[0]))
+            )
+            assert torch.equal(mine, other), key
+
+
+SINGLE_AND_DOUBLE = [
+    torch.float32,
+    pytest.param(torch.float64, marks=pytest.mark.skipif(
+        INTERPRET, reason="a multiply-add emulated by splitting makes NaN of infinity"
+    )),
+]  # fmt: skip
+OPTIONS = [
+    {},
+    {"eps": 0.0},
+    {"centered": True},
+    {"momentum": 0.9, "weight_decay": 0.1},
+    {"centered": True, "momentum": 0.9, "eps": 0.0, "maximize": True},
+    {"alpha": 1.0},
+    {"alpha": 1.5, "centered": True},
+]
+
+
+@pytest.mark.parametrize("dtype", SINGLE_AND_DOUBLE, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_rmsprop_of_every_sequence_of_special_gradients(options, dtype, device):
+    param = nn.Parameter(torch.full(SEQUENCES.shape[1:], 1.5, dtype=dtype, device=device))
+    ours, theirs, copies = twins("RMSprop", [param], **options)
+    for grads in SEQUENCES:
+        param.grad = grads.to(param)
+        copies[0].grad = param.grad.clone()
+        ours.step()
+        theirs.step()
+        assert_follows(ours, theirs, [param], copies)
+
+
+def test_a_constant_gradient_centered():
+    """`square_avg - grad_avg**2` rounds below zero: NaN, as in torch, and not in the neighbours."""
+    params = parameters([(700,), (5,), (700,)])
+    ours, theirs, copies = twins("RMSprop", params, centered=True, alpha=0.5, eps=1e-8)
+    constants = [torch.randn(p.shape) for p in params]
+    for _ in range(40):
+        for param, other, value in zip(params, copies, constants, strict=True):
+            param.grad, other.grad = value.clone(), value.clone()
+        ours.step()
+        theirs.step()
+    for param, other in zip(params, copies, strict=True):
+        if ours.state[param]["square_avg"].isfinite().all():  # rounding decides which ones
+            assert torch.equal(param.isnan(), other.isnan()) or param.isnan().any()
+    assert any(p.isnan().any() for p in copies)
+    assert any(p.isnan().any() for p in params)
+
+
+def test_eps_zero_of_zero_gradients(device):
+    """0 / 0 is NaN where the gradient is zero; nothing else is touched."""
+    params = parameters([(5,), (33,), (7,)], device=device)
+    ours, theirs, copies = twins("RMSprop", params, eps=0.0)
+    for _ in range(3):
+        give_gradients(params, copies)
+        for some in (params, copies):
+            some[1].grad.zero_()
+        ours.step()
+        theirs.step()
+        assert_follows(ours, theirs, params, copies)
+    assert params[1].isnan().all() and not params[0].isnan().any() and not params[2].isnan().any()
+
+
+# lr of Rprop.
+
+LRS = [0.0, 1e-9, 0.01, 49.9, 50.0, 1e4, float("inf"), 1]
+
+
+@pytest.mark.parametrize("lr", LRS)
+def test_lr_outside_step_sizes_is_clamped_at_the_first_step(lr, device):
+    params = parameters([(3, 5), (40,)], device=device)
+    ours, theirs, copies = twins("Rprop", params, lr=lr)
+    follow(ours, theirs, params, copies, 4)
+    assert ours.state[params[0]]["step_size"].max() <= 50
+
+
+def test_lr_is_ignored_after_the_first_step():
+    params = parameters([(3, 5), (40,), (7,)])
+    ours, theirs, copies = twins("Rprop", params, lr=0.1)
+    for step in range(4):
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0]["lr"] = 0.1 / (step + 1)
+        give_gradients(params, copies, {1} if step < 2 else ())  # its first step is the third
+        ours.step()
+        theirs.step()
+        assert_follows(ours, theirs, params, copies)
+    assert ours.state[params[1]]["step"] == 2
+
+
+def reload(optimizer):
+    params = optimizer.param_groups[0]["params"]
+    new = type(optimizer)(params, lr=0.7)
+    new.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return new
+
+
+def in_place(optimizer):
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(state)
+    return optimizer
+
+
+def moved(optimizer):
+    for param in optimizer.param_groups[0]["params"]:
+        param.data = param.data.clone()
+    return optimizer
+
+
+BEFORE = {
+    "as it is": lambda optimizer: optimizer,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
+    "load_state_dict": reload,
+    "load_state_dict of itself": in_place,
+    "moved": moved,
+    "described": lambda optimizer: (optimizer.describe(), optimizer)[1],
+}
+
+
+ROUNDED = pytest.param(
+    torch.bfloat16, marks=pytest.mark.skipif(INTERPRET, reason="the interpreter truncates")
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, ROUNDED], ids=str)
+@pytest.mark.parametrize("prepare", BEFORE.values(), ids=BEFORE)
+def test_lr_changed_before_the_first_step(prepare, dtype):
+    """A warm-up lowers lr after construction; torch makes the step sizes at the first step."""
+    params = parameters([(3, 5), (40,), ()], dtype)
+    ours, theirs, copies = twins("Rprop", params, lr=1.0)
+    ours = prepare(ours)
+    theirs = copy.deepcopy(theirs)
+    params, copies = (o.param_groups[0]["params"] for o in (ours, theirs))
+    for optimizer in (ours, theirs):
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1.0, 10)
+        assert optimizer.param_groups[0]["lr"] == scheduler.get_last_lr()[0]
+    give_gradients(params, copies)
+    ours.step()
+    theirs.step()
+    assert_follows(ours, theirs, params, copies)
+    assert torch.all(ours.state[params[0]]["step_size"] == torch.tensor(0.01, dtype=dtype))
+
+
+def test_lr_changed_by_a_tensor_in_place():
+    params = parameters([(3, 5), (40,)])
+    ours, theirs, copies = twins("Rprop", params, lr=torch.tensor(1.0))
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[0]["lr"].fill_(0.25)
+    follow(ours, theirs, params, copies)
+
+
+# Options that torch validates only as defaults.
+
+ETAS = [(1.0, 1.0), (0.5, 1.0), (2.0, 3.0), (-0.5, 1.2), (0.0, 1.2), (1.5, 0.5), (0.5, 1 + 1e-9),
+        (1e-50, 1.2), [0.5, 1.2], (0.999999, 1.000001)]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("etas", ETAS, ids=str)
+def test_etas_of_a_group(etas, dtype):
+    params = parameters([(3, 5), (40,)], dtype)
+    ours, theirs, copies = twins("Rprop", params)
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[0]["etas"] = etas
+    follow(ours, theirs, params, copies, 5)
+
+
+STEP_SIZES = [(50, 1e-6), (-1.0, 1.0), (-2.0, -1.0), (0, 0), (1, 1), (0.0, float("inf")),
+              (float("inf"), 1.0), [0.005, 0.02]]  # fmt: skip
+
+
+@pytest.mark.parametrize("step_sizes", STEP_SIZES, ids=str)
+def test_step_sizes(step_sizes, device):
+    params = parameters([(3, 5), (40,)], device=device)
+    ours, theirs, copies = twins("Rprop", params, step_sizes=step_sizes)
+    follow(ours, theirs, params, copies, 5)
+
+
+GROUP = [{"momentum": -0.5}, {"eps": -1e-3}, {"weight_decay": -0.1}, {"alpha": 2.0}, {"lr": -0.1},
+         {"lr": 1}, {"alpha": 0}, {"lr": 0.0}]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", GROUP, ids=str)
+def test_rmsprop_options_of_a_group(options):
+    params = parameters([(3, 5), (40,)])
+    ours, theirs, copies = twins("RMSprop", params)
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[0].update(options)
+    follow(ours, theirs, params, copies, 4)
+
+
+# Digits.
+
+
+def test_hyperparameters_of_double_parameters_keep_their_digits(name, device):
+    """A factor rounded to fp32 shows in the 8th digit."""
+    kwargs = {
+        "RMSprop": {
+            "lr": 0.1, "alpha": 0.9, "eps": 0.3, "weight_decay": 0.7, "momentum": 0.6,
+        },
+        "Rprop": {"lr": 0.1, "etas": (0.3, 1.7), "step_sizes": (0.07, 0.35)},
+    }[name]  # fmt: skip
+    params = parameters([(3, 5), (40,)], torch.float64, device)
+    ours, theirs, copies = twins(name, params, **kwargs)
+    for _ in range(6):
+        give_gradients(params, copies)
+        ours.step()
+        theirs.step()
+        for param, other in zip(params, copies, strict=True):
+            torch.testing.assert_close(param, other, rtol=1e-13, atol=1e-14)
+            for key, value in theirs.state[other].items():
+                torch.testing.assert_close(ours.state[param][key], value, rtol=1e-13, atol=1e-14)
+
+
+LR_TENSORS = {
+    "0-dim": torch.tensor(0.05),
+    "1-dim": torch.tensor([0.05]),
+    "2-dim": torch.tensor([[0.05]]),
+    "double": torch.tensor(0.05, dtype=torch.float64),
+    "int": torch.tensor(1),
+    "bfloat16": torch.tensor(0.05, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("lr", LR_TENSORS.values(), ids=LR_TENSORS)
+def test_tensor_lr(name, lr, dtype):
+    params = parameters([(3, 5), (40,)], dtype)
+    ours, theirs, copies = twins(name, params, lr=lr.clone())
+    follow(ours, theirs, params, copies, 2)
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[0]["lr"] = lr.clone()
+        optimizer.param_groups[0]["lr"].mul_(2)
+    follow(ours, theirs, params, copies, 2)
+
+
+def test_mixed_dtypes(name, device):
+    dtypes = [torch.float32, torch.float64] * 3
+    params = [nn.Parameter(torch.randn(9, device=device, dtype=dtype)) for dtype in dtypes]
+    params.insert(2, nn.Parameter(torch.randn(9, device=device, dtype=torch.bfloat16)))
+    ours, theirs, copies = twins(name, params)
+    for _ in range(3):
+        give_gradients(params, copies)
+        ours.step()
+        theirs.step()
+        for param, other in zip(params, copies, strict=True):
+            half = param.dtype == torch.bfloat16
+            limits = {"rtol": 2e-2, "atol": 2e-2} if half else {"rtol": 2e-5, "atol": 2e-6}
+            torch.testing.assert_close(param, other, **limits)
+
+
+GROUPS = {
+    "RMSprop": [
+        {}, {"lr": 0.5}, {"momentum": 0.9}, {"centered": True}, {"weight_decay": 0.3},
+        {"maximize": True}, {"alpha": 0.5, "eps": 1e-2}, {"foreach": True}, {"foreach": False},
+        {"momentum": 0.9, "centered": True, "lr": torch.tensor(0.3)},
+    ],
+    "Rprop": [
+        {}, {"lr": 0.5}, {"etas": (0.3, 2.0)}, {"step_sizes": (0.3, 0.4)}, {"maximize": True},
+        {"foreach": True}, {"foreach": False}, {"lr": torch.tensor(0.3)},
+    ],
+}  # fmt: skip
+
+
+def test_many_groups(name, device):
+    params = [parameters([(7,), (3, 3)], device=device) for _ in GROUPS[name]]
+    copies = [[nn.Parameter(p.detach().clone()) for p in some] for some in params]
+    both = [
+        [{"params": p, **options} for p, options in zip(some, GROUPS[name], strict=True)]
+        for some in (params, copies)
+    ]
+    ours, theirs = OURS[name](both[0]), TORCH[name](both[1])
+    follow(ours, theirs, sum(params, []), sum(copies, []), 5)
