@@ -14,6 +14,7 @@ from torch.optim.optimizer import _get_capturable_supported_devices
 
 from tritonopt import slab
 from tritonopt.device import is_capturing, path
+from tritonopt.scaling import NONE, Scaling
 from tritonopt.shard import is_sharded, local, same_shards
 from tritonopt.sweep import Sweep
 
@@ -214,16 +215,17 @@ class Bucket:
             self._expected = Guards(fitted)
         return fitted
 
-    def count(self, grads: list[Tensor | None]) -> None:
-        """Adds 1 to the step of every parameter that has a gradient."""
+    def count(self, grads: list[Tensor | None], skip: Tensor | None = None) -> None:
+        """Adds 1 to the step of every parameter that has a gradient, unless `skip` is not 0."""
+        one: Any = 1 if skip is None else (skip == 0).to(self.columns["step"][0])
         for span in self._steps:
             flat = span.flats[0]
             assert flat is not None
             for part in slab.present(span, grads):
-                flat[part] += 1
+                flat[part] += one
         for index in self._lone_steps:
             if grads[index] is not None:
-                self.states[index]["step"] += 1
+                self.states[index]["step"] += one
 
     def counts(self) -> float | Tensor:
         """The number of steps: of all parameters if it is one and the host knows it, or of each."""
@@ -234,8 +236,14 @@ class Bucket:
         low, high = torch.aminmax(counts)
         return float(low) if low == high else counts
 
-    def step(self, grads: list[Tensor | None], hyper: dict[str, Any]) -> None:
-        self.count(grads)
+    def step(
+        self, grads: list[Tensor | None], hyper: dict[str, Any], scaling: Scaling = NONE
+    ) -> None:
+        self.count(grads, scaling.skip)
+        if scaling is not NONE:
+            hyper["factor"] = scaling.factor
+        if scaling.skip is not None:
+            hyper["skip"] = scaling.skip
         if self.rule.counts:
             hyper["step"] = self.counts()
         self.update(grads, **hyper)

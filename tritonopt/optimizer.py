@@ -12,6 +12,7 @@ from tritonopt import slab
 from tritonopt.describe import table
 from tritonopt.device import is_capturing
 from tritonopt.layout import Layout, Rule, Stale, is_plain, same_layout, why_not_native
+from tritonopt.scaling import NONE, Scaling, scaled, scaling, total_norm
 from tritonopt.shard import is_sharded, local
 
 
@@ -19,12 +20,28 @@ class SlabOptimizer(torch.optim.Optimizer):
     """Mixed in before one of torch's optimizers: validation, texts and old checkpoints are its."""
 
     _layouts: dict[int, Layout]  # by position in param_groups; a cache, verified at every step
+    _step_supports_amp_scaling = False
+    max_grad_norm: float | None = None  # over all groups
+    grad_norm: Tensor | None = None  # before clipping, of the last step with max_grad_norm
     _options: dict[str, Any] = {}  # that torch does not have, with the values of torch's rule
 
     def __init__(
-        self, params: Any, *args: Any, options: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        params: Any,
+        *args: Any,
+        options: dict[str, Any] | None = None,
+        fused_amp: bool = False,
+        max_grad_norm: float | None = None,
+        **kwargs: Any,
     ) -> None:
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
+        if fused_amp:
+            self._step_supports_amp_scaling = True  # torch.amp.GradScaler looks for it
+        self.max_grad_norm = max_grad_norm
         super().__init__(params, *args, **kwargs)
+        if fused_amp and self.defaults["differentiable"]:
+            raise RuntimeError("`fused_amp` does not support `differentiable`")
         self._begin_all(options or {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -34,6 +51,10 @@ class SlabOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         if built:
             self._begin(len(self.param_groups) - 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {"max_grad_norm", "_step_supports_amp_scaling"} & vars(self).keys()
+        return {**super().__getstate__(), **{name: vars(self)[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -130,9 +151,12 @@ class SlabOptimizer(torch.optim.Optimizer):
                 loss = closure()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             work = [self._examine(index) for index in range(len(self.param_groups))]
+            scaling = self._scaling(work)
+            if scaling is None:
+                return loss
             self._see_loss(loss)
             for group, (layout, gradients) in zip(self.param_groups, work, strict=True):
-                self._update(group, layout, gradients)
+                self._update(group, layout, gradients, scaling)
         return loss
 
     def _examine(self, index: int) -> tuple[Layout, list[list[Tensor | None] | None]]:
@@ -163,18 +187,44 @@ class SlabOptimizer(torch.optim.Optimizer):
                     f"of size {tuple(param.size())}: it {why}"
                 )
 
+    def _scaling(self, work: list[Any]) -> Scaling | None:
+        """What the gradients count; None if the step is skipped, as far as the host may know."""
+        amp = vars(self) if self._step_supports_amp_scaling else {}
+        grad_scale, skip = amp.get("grad_scale"), amp.get("found_inf")
+        if grad_scale is None and skip is None and self.max_grad_norm is None:
+            return NONE
+        on_device = all(
+            not layout.fallback and all(hasattr(b.update, "square_sum") for b in layout.buckets)
+            for layout, _ in work
+        )
+        if skip is not None and not on_device:
+            if skip.item():
+                return None
+            skip = None
+        norm = None
+        with torch.no_grad():
+            if self.max_grad_norm is not None:
+                norm = total_norm(work, self.param_groups[0]["params"][0].device)
+            found, self.grad_norm = scaling(norm, self.max_grad_norm, grad_scale, skip)
+        return found
+
     def _update(
-        self, group: dict[str, Any], layout: Layout, gradients: list[list[Tensor | None] | None]
+        self,
+        group: dict[str, Any],
+        layout: Layout,
+        gradients: list[list[Tensor | None] | None],
+        scaling: Scaling,
     ) -> None:
         self._before_update(group, layout)
         if layout.fallback:
             params = [param for param, _ in layout.fallback]
             foreach = group["foreach"] or False  # one after the other, as overlapping tensors need
-            self._torch_update({**group, "params": params, "foreach": foreach})
+            with scaled(params, scaling.factor):
+                self._torch_update({**group, "params": params, "foreach": foreach})
         for bucket, grads in zip(layout.buckets, gradients, strict=True):
             if grads is not None:
                 with torch.no_grad():
-                    bucket.step(grads, self._hyper(group))
+                    bucket.step(grads, self._hyper(group), scaling)
                     if group["capturable"]:
                         bucket.reserve()
 
@@ -228,15 +278,16 @@ class SlabOptimizer(torch.optim.Optimizer):
             return []
         new = [p for p in params if why_not_native(p) is None and self._is_unmade(p, rule.keys)]
         slabs = []
+        on_device = group["capturable"] or self._step_supports_amp_scaling
         scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
         for param in filter(is_sharded, new):
-            home = param.device if group["capturable"] else torch.device("cpu")
+            home = param.device if on_device else torch.device("cpu")
             self.state[param] = {"step": torch.zeros((), dtype=scalar, device=home)}
             for key in rule.keys:  # as its parameter: sharded checkpoints need that
                 self.state[param][key] = torch.full_like(param, self._initial(key, group))
         for batch in _by_slab([p for p in new if not is_sharded(p)]):
             device, dtype = batch[0].device, batch[0].dtype
-            home = device if group["capturable"] else torch.device("cpu")
+            home = device if on_device else torch.device("cpu")
             steps, memory = slab.allocate([_SCALAR] * len(batch), scalar, home, alignment=1)
             columns = {"step": steps}
             slabs.append(memory)

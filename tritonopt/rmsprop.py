@@ -44,6 +44,11 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
         foreach: given explicitly, True or False selects torch's own implementation.
         maximize: ascend instead of descend.
         differentiable: let autograd run through :meth:`step`; selects torch's own implementation.
+        fused_amp: let :class:`torch.amp.GradScaler` hand over its scale and whether gradients are
+            infinite, instead of passing over the gradients itself. Lightning refuses gradient
+            clipping of its own then.
+        max_grad_norm: the step counts gradients as if they had first been clipped to this 2-norm
+            over all param groups, without writing them. :attr:`grad_norm` holds the norm before.
         eps_in_sqrt: the denominator is :math:`\sqrt{v_t + \epsilon}`.
         lr_in_momentum: :math:`b_t = \mu b_{t-1} + \gamma g_t / (\sqrt{v_t} + \epsilon)` and
             :math:`\theta_t = \theta_{t-1} - b_t`: a new ``lr`` leaves earlier updates as they were.
@@ -100,6 +105,8 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
         nesterov: bool = False,
         bias_correction: bool = False,
         decoupled_weight_decay: bool = False,
+        fused_amp: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
         options = {
             "eps_in_sqrt": eps_in_sqrt,
@@ -112,6 +119,7 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
         super().__init__(
             params, lr, alpha, eps, weight_decay, momentum, centered,
             capturable, foreach, maximize, differentiable, options=options,
+            fused_amp=fused_amp, max_grad_norm=max_grad_norm,
         )  # fmt: skip
 
     def _rule(self, group: dict[str, Any]) -> Rule:

@@ -45,6 +45,11 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         foreach: given explicitly, True or False selects torch's own implementation.
         maximize: ascend instead of descend.
         differentiable: let autograd run through :meth:`step`; selects torch's own implementation.
+        fused_amp: let :class:`torch.amp.GradScaler` hand over its scale and whether gradients are
+            infinite, instead of passing over the gradients itself. Lightning refuses gradient
+            clipping of its own then.
+        max_grad_norm: the step counts gradients as if they had first been clipped to this 2-norm
+            over all param groups, without writing them. :attr:`grad_norm` holds the norm before.
         variant: what happens to an element whose gradient changes its sign, besides that its step
             size shrinks. All but the first are not in torch: with them, what only torch can do
             raises.
@@ -96,11 +101,14 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         maximize: bool = False,
         differentiable: bool = False,
         variant: str = "irprop-",
+        fused_amp: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
         super().__init__(
             params, lr, etas, step_sizes,
             capturable=capturable, foreach=foreach, maximize=maximize,
             differentiable=differentiable, options={"variant": variant},
+            fused_amp=fused_amp, max_grad_norm=max_grad_norm,
         )  # fmt: skip
 
     def _rule(self, group: dict[str, Any]) -> Rule:
