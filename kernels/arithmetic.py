@@ -37,7 +37,8 @@ def fma(x, y, z):
         error = low_x * low_y - (((product - high_x * high_y) - low_x * high_y) - high_x * low_y)
         total = product + z
         part = total - product
-        return total + (((product - (total - part)) + (z - part)) + error)
+        exact = total + (((product - (total - part)) + (z - part)) + error)
+        return tl.where(exact == exact, exact, total)  # infinities have no error
 
 
 @triton.jit

@@ -49,12 +49,7 @@ def test_rprop_of_every_sequence_of_special_gradients(dtype, start, maximize, st
             assert torch.equal(mine, other), key
 
 
-SINGLE_AND_DOUBLE = [
-    torch.float32,
-    pytest.param(torch.float64, marks=pytest.mark.skipif(
-        INTERPRET, reason="a multiply-add emulated by splitting makes NaN of infinity"
-    )),
-]  # fmt: skip
+SINGLE_AND_DOUBLE = [torch.float32, torch.float64]
 OPTIONS = [
     {},
     {"eps": 0.0},

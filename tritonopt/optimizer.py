@@ -149,6 +149,8 @@ class SlabOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for index in range(len(self.param_groups), len(self._layouts)):
+            self._layouts.pop(index, None)  # of groups that were removed
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             work = [self._examine(index) for index in range(len(self.param_groups))]
             scaling = self._scaling(work)
