@@ -152,6 +152,16 @@ def test_resumed(name, first, then, kind):
     assert_equal(outcome(trainer, module), expected)
 
 
+def test_clipping_by_lightning_and_by_the_step_are_not_mixed():
+    """Its message is Lightning's; our own clipping takes its place."""
+
+    def make(params, lr):
+        return OURS["RMSprop"](params, lr=lr, fused_amp=True)
+
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        fit(make, precision="bf16-mixed", gradient_clip_val=0.1)
+
+
 def test_two_processes():
     script = Path(__file__).with_name("lightning_cases.py")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=200)

@@ -55,9 +55,8 @@ def test_amp(name, max_grad_norm, device):
     ours, params, theirs, copies = pair(name, device, **options)
     scalers = [torch.amp.GradScaler(device.type, init_scale=1000.0) for _ in range(2)]
     for step in range(6):
-        for scaler, tensors in zip(scalers, (params, copies), strict=True):
+        for scaler in scalers:
             scaler.scale(torch.zeros((), device=device))  # makes its scale
-            del tensors
         give_gradients(params, copies)
         if step % 3 == 1:
             params[-1].grad[0] = copies[-1].grad[0] = torch.inf
@@ -114,4 +113,4 @@ def test_differentiable_is_refused(name):
 
 
 def test_no_option_no_protocol(name):
-    assert not OURS[name](parameters())._step_supports_amp_scaling
+    assert not hasattr(OURS[name](parameters()), "_step_supports_amp_scaling")

@@ -20,7 +20,6 @@ class SlabOptimizer(torch.optim.Optimizer):
     """Mixed in before one of torch's optimizers: validation, texts and old checkpoints are its."""
 
     _layouts: dict[int, Layout]  # by position in param_groups; a cache, verified at every step
-    _step_supports_amp_scaling = False
     max_grad_norm: float | None = None  # over all groups
     grad_norm: Tensor | None = None  # before clipping, of the last step with max_grad_norm
     _options: dict[str, Any] = {}  # that torch does not have, with the values of torch's rule
@@ -59,11 +58,11 @@ class SlabOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_layouts", {})
-        for group in (self.defaults, *self.param_groups):
-            for name, value in self._options.items():
-                group.setdefault(name, value)
 
     def _begin_all(self, options: dict[str, Any]) -> None:
+        # Groups hold an option only where it is in force: a distributed checkpoint must have every
+        # key of a group, and one of torch's optimizer has torch's keys.
+        options = {name: v for name, v in options.items() if v != self._options[name]}
         self.defaults.update(options)
         for group in self.param_groups:
             for name, value in options.items():
@@ -120,11 +119,15 @@ class SlabOptimizer(torch.optim.Optimizer):
         if why:
             raise ValueError(f"{option} is not in torch's implementation, which {why} selects")
 
+    def _option(self, group: dict[str, Any], name: str) -> Any:
+        """The value of an option that torch does not have."""
+        return group.get(name, self._options[name])
+
     def _beyond_torch(self, group: dict[str, Any]) -> str | None:
         """An option in force that torch does not have; None if torch has the group's rule."""
         for name, value in self._options.items():
-            if group[name] != value:
-                return f"{name}={group[name]!r}"
+            if self._option(group, name) != value:
+                return f"{name}={self._option(group, name)!r}"
         return None
 
     # The step.
@@ -191,7 +194,7 @@ class SlabOptimizer(torch.optim.Optimizer):
 
     def _scaling(self, work: list[Any]) -> Scaling | None:
         """What the gradients count; None if the step is skipped, as far as the host may know."""
-        amp = vars(self) if self._step_supports_amp_scaling else {}
+        amp = vars(self) if _has_fused_amp(self) else {}
         grad_scale, skip = amp.get("grad_scale"), amp.get("found_inf")
         if grad_scale is None and skip is None and self.max_grad_norm is None:
             return NONE
@@ -280,7 +283,7 @@ class SlabOptimizer(torch.optim.Optimizer):
             return []
         new = [p for p in params if why_not_native(p) is None and self._is_unmade(p, rule.keys)]
         slabs = []
-        on_device = group["capturable"] or self._step_supports_amp_scaling
+        on_device = group["capturable"] or _has_fused_amp(self)
         scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
         for param in filter(is_sharded, new):
             home = param.device if on_device else torch.device("cpu")
@@ -365,6 +368,10 @@ class SlabOptimizer(torch.optim.Optimizer):
                 layout = self._look(index)
             layouts.append(layout)
         return table(layouts)
+
+
+def _has_fused_amp(optimizer: torch.optim.Optimizer) -> bool:
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 _SCALAR = torch.empty((), device="meta")

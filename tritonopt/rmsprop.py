@@ -129,19 +129,19 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
         if group["centered"]:
             keys.append("grad_avg")
         order = ("square_avg", "grad_avg", "momentum_buffer")
-        counts = bool(group["bias_correction"])
+        counts = bool(self._option(group, "bias_correction"))
         return Rule("RMSprop", "rmsprop_", eager.rmsprop_, tuple(keys), order, counts)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        names = (*_HYPER, *_SWITCHES)
-        return {"lr": _to_scalar(group["lr"]), **{name: group[name] for name in names}}
+        hyper = {"lr": _to_scalar(group["lr"]), **{name: group[name] for name in _HYPER}}
+        return {**hyper, **{name: self._option(group, name) for name in _SWITCHES}}
 
     def _initial(self, key: str, group: dict[str, Any]) -> float:
-        return float(group["initial_scale"]) if key == "square_avg" else 0.0
+        return float(self._option(group, "initial_scale")) if key == "square_avg" else 0.0
 
     def _is_as_new(self, entry: dict[str, Any]) -> bool:
         rest = {key: value for key, value in entry.items() if key != "square_avg"}
-        starts = {group["initial_scale"] for group in self.param_groups}
+        starts = {self._option(group, "initial_scale") for group in self.param_groups}
         average = entry.get("square_avg")
         fresh = average is None or any(
             torch.equal(average, torch.full_like(average, start)) for start in starts
@@ -149,12 +149,12 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
         return fresh and super()._is_as_new(rest)
 
     def _check(self, group: dict[str, Any]) -> None:
-        if not 0.0 <= group["initial_scale"]:
+        if not 0.0 <= self._option(group, "initial_scale"):
             raise ValueError(f"Invalid initial_scale value: {group['initial_scale']}")
         for name in ("nesterov", "lr_in_momentum"):
-            if group[name] and group["momentum"] <= 0:
+            if self._option(group, name) and group["momentum"] <= 0:
                 raise ValueError(f"{name}=True requires a momentum")
-        if group["bias_correction"] and not group["alpha"] < 1:
+        if self._option(group, "bias_correction") and not group["alpha"] < 1:
             raise ValueError("bias_correction=True requires an alpha below 1")
         super()._check(group)
 

@@ -118,12 +118,12 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
         return {
             **_torch_hyper(group),
-            "variant": group["variant"],
+            "variant": self._option(group, "variant"),
             "loss_rose": self._loss_rose,
         }
 
     def _check(self, group: dict[str, Any]) -> None:
-        if group["variant"] not in VARIANTS:
+        if self._option(group, "variant") not in VARIANTS:
             raise ValueError(f"Invalid variant: {group['variant']!r}, not one of {VARIANTS}")
         super()._check(group)
 
@@ -149,12 +149,12 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
     # The loss.
 
     def _begin(self, index: int) -> None:
-        if self.param_groups[index]["variant"] == "irprop+":
+        if self._option(self.param_groups[index], "variant") == "irprop+":
             self.param_groups[index].setdefault("last_loss", None)
         super()._begin(index)
 
     def _see_loss(self, loss: Any) -> None:
-        if all(group["variant"] != "irprop+" for group in self.param_groups):
+        if all(self._option(group, "variant") != "irprop+" for group in self.param_groups):
             return
         if loss is None:
             raise ValueError("variant='irprop+' needs the loss: step(closure) must return it")
@@ -182,7 +182,7 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
 
     @torch.no_grad()
     def _before_update(self, group: dict[str, Any], layout: Layout) -> None:
-        if group["variant"] == "irprop+":
+        if self._option(group, "variant") == "irprop+":
             last, sign = group.get("last_loss"), -1 if group["maximize"] else 1
             self._loss_rose = last is not None and sign * self._loss > sign * last
             group["last_loss"] = self._loss
