@@ -147,6 +147,22 @@ def as_ddp(make):
     return fsdp2(make) if make.func is not torch.optim.Rprop else untouched(make, "ddp", STEPS)
 
 
+def clipped(ours, theirs, folder):
+    """The norm inside the step is that of all ranks' shards."""
+    model, reference = sharded(), DistributedDataParallel(network())
+    optimizer = ours(model.parameters(), max_grad_norm=0.01)
+    plain = theirs(reference.parameters())
+    plain.register_step_pre_hook(
+        lambda *_: norms.append(nn.utils.clip_grad_norm_(reference.parameters(), 0.01))
+    )
+    norms: list[torch.Tensor] = []
+    train(model, optimizer, 1)
+    train(reference, plain, 1)
+    torch.testing.assert_close(optimizer.grad_norm, norms[0])
+    for param, twin in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(param.full_tensor(), twin)
+
+
 def zero(make, bucket_view):
     model = network()
     wrapped = DistributedDataParallel(model)
@@ -242,6 +258,7 @@ def resume(writer, reader, engine, options, before, ours, theirs, folder):
 def scenarios():
     """Readable ids, and what to do with our class, torch's, and a folder."""
     rows = {title: functools.partial(compare, run) for title, run in ENGINES.items()}
+    rows["fsdp2, clipped inside the step"] = clipped
     for engine, options, way in itertools.product(WRAP, OPTIONS, WAYS):
         if (engine, options) == ("fsdp1", "sharded"):
             continue  # torch cannot load what it saved there: it looks for "param_groups."
