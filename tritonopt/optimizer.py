@@ -37,7 +37,8 @@ class SlabOptimizer(torch.optim.Optimizer):
             raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
         if fused_amp:
             self._step_supports_amp_scaling = True  # torch.amp.GradScaler looks for it
-        self.max_grad_norm = max_grad_norm
+        if max_grad_norm is not None:
+            self.max_grad_norm = max_grad_norm
         super().__init__(params, *args, **kwargs)
         if fused_amp and self.defaults["differentiable"]:
             raise RuntimeError("`fused_amp` does not support `differentiable`")
