@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonopt.device import is_capturing
+from tritonopt.kernels.norm import square_sum_kernel
 from tritonopt.kernels.rmsprop import rmsprop_kernel
 from tritonopt.kernels.rprop import rprop_kernel
 
@@ -59,15 +60,41 @@ class Launch:
         self.unused = tuple(column is None for column in columns)
         self._tables: OrderedDict[tuple[int, ...], tuple[Tensor, Tensor]] = OrderedDict()
         self._spare: list[tuple[Tensor, Tensor]] = []
+        self.factor: Tensor | None = None
+        self.skip: Tensor | None = None
 
-    def __call__(self, grads: Sequence[Tensor | None], **hyper: Any) -> None:
-        """Updates every tensor that has a gradient. A gradient has its parameter's strides."""
+    def __call__(
+        self,
+        grads: Sequence[Tensor | None],
+        factor: Tensor | None = None,
+        skip: Tensor | None = None,
+        **hyper: Any,
+    ) -> None:
+        """Updates every tensor that has a gradient. A gradient has its parameter's strides.
+
+        Gradients count `factor` times; nothing is updated where `skip` is not 0.
+        """
+        self.factor, self.skip = _moved(factor, self.device), _moved(skip, self.device)
         grad_dtype = next((g.dtype for g in grads if g is not None), None)
         if grad_dtype is None or not len(self.programs):
             return
         with _on(self.device):
             table = self._table(tuple([0 if g is None else g.data_ptr() for g in grads]))
             self.rule(self, table, grad_dtype, **hyper)
+
+    def square_sum(self, grads: Sequence[Tensor | None]) -> Tensor:
+        """The sum of the squares of all gradients, in their compute type."""
+        grad_dtype = next((g.dtype for g in grads if g is not None), torch.float32)
+        dtype = torch.float64 if self.dtypes[0] == torch.float64 else torch.float32
+        sums = torch.empty(len(self.programs), dtype=dtype, device=self.device)
+        if len(self.programs):
+            with _on(self.device):
+                table = self._table(tuple([0 if g is None else g.data_ptr() for g in grads]))
+                square_sum_kernel[(len(self.programs),)](
+                    table, self.programs, sums,
+                    len(self.addresses) + 2, _TYPES[grad_dtype], _TYPES[dtype], BLOCK,
+                )  # fmt: skip
+        return sums.sum()
 
     def reserve(self, count: int = 2) -> None:
         """Memory for tables that a graph capture may ask for: none can be pinned during one."""
@@ -127,7 +154,7 @@ def rmsprop_(
     elif step is not None:
         gain = (1 - alpha**step) ** 0.5
     rmsprop_kernel[(len(launch.programs),)](
-        table, launch.programs, lr_ptr, gain_ptr,
+        table, launch.programs, launch.factor, launch.skip, lr_ptr, gain_ptr,
         _fp64(0.0 if lr_ptr is not None else float(lr)),
         _fp64(alpha), _fp64(eps), _fp64(weight_decay), _fp64(momentum), _fp64(gain),
         maximize, weight_decay != 0, not no_grad_avg, not no_momentum_buffer,
@@ -150,7 +177,7 @@ def rprop_(
     loss_rose: bool = False,
 ) -> None:
     rprop_kernel[(len(launch.programs),)](
-        table, launch.programs,
+        table, launch.programs, launch.factor, launch.skip,
         _fp64(etaminus), _fp64(etaplus), _fp64(step_size_min), _fp64(step_size_max),
         _fp64(loss_rose), maximize, variant,
         **_types(launch, grad_dtype),
@@ -188,6 +215,10 @@ def _fp64(value: float) -> Any:
     from triton.runtime.interpreter import TensorHandle
 
     return tl.tensor(TensorHandle(np.array([value], dtype=np.float64), tl.float64), tl.float64)
+
+
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device, non_blocking=True)
 
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:

@@ -68,7 +68,7 @@ def rmsprop_rule(
 @triton.jit
 def rmsprop_block(
     param_ptr, grad_ptr, square_avg_ptr, grad_avg_ptr, momentum_buffer_ptr, offs, mask,
-    lr, alpha, eps, weight_decay, momentum, gain,
+    factor_ptr, lr, alpha, eps, weight_decay, momentum, gain,
     MAXIMIZE: tl.constexpr, DECAY: tl.constexpr, CENTERED: tl.constexpr, MOMENTUM: tl.constexpr,
     EPS_IN_SQRT: tl.constexpr, LR_IN_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
     DECOUPLED: tl.constexpr, BIAS_CORRECTION: tl.constexpr,
@@ -76,6 +76,8 @@ def rmsprop_block(
 ):  # fmt: skip
     param = tl.load(param_ptr + offs, mask).to(COMPUTE)
     grad = tl.load(grad_ptr + offs, mask).to(COMPUTE)
+    if factor_ptr is not None:
+        grad = grad * tl.load(factor_ptr).to(COMPUTE)
     square_avg = tl.load(square_avg_ptr + offs, mask).to(COMPUTE)
     grad_avg, momentum_buffer = square_avg, square_avg  # not None, which triton 3.6 cannot return
     if CENTERED:
@@ -99,7 +101,7 @@ def rmsprop_block(
 
 @triton.jit
 def rmsprop_kernel(
-    table_ptr, programs_ptr, lr_ptr, gain_ptr,
+    table_ptr, programs_ptr, factor_ptr, skip_ptr, lr_ptr, gain_ptr,
     lr: "fp64", alpha: "fp64", eps: "fp64", weight_decay: "fp64", momentum: "fp64", gain: "fp64",
     MAXIMIZE: tl.constexpr, DECAY: tl.constexpr, CENTERED: tl.constexpr, MOMENTUM: tl.constexpr,
     EPS_IN_SQRT: tl.constexpr, LR_IN_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
@@ -124,6 +126,8 @@ def rmsprop_kernel(
     # the compiler hold only where they are written in the kernel itself.
     aligned = (param | grad | square_avg | grad_avg | momentum_buffer) % 16 == 0
     present = grad != 0
+    if skip_ptr is not None:
+        present = present & (tl.load(skip_ptr) == 0)
     left = numel - start
     if present & aligned & (left >= BLOCK):
         rmsprop_block(
@@ -133,7 +137,7 @@ def rmsprop_kernel(
             tl.multiple_of(grad_avg.to(tl.pointer_type(STATE)), 16) + start,
             tl.multiple_of(momentum_buffer.to(tl.pointer_type(STATE)), 16) + start,
             offs, None,
-            lr, alpha, eps, weight_decay, momentum, gain,
+            factor_ptr, lr, alpha, eps, weight_decay, momentum, gain,
             MAXIMIZE, DECAY, CENTERED, MOMENTUM,
             EPS_IN_SQRT, LR_IN_MOMENTUM, NESTEROV, DECOUPLED, BIAS_CORRECTION, COMPUTE,
         )  # fmt: skip
@@ -145,7 +149,7 @@ def rmsprop_kernel(
             grad_avg.to(tl.pointer_type(STATE)) + start,
             momentum_buffer.to(tl.pointer_type(STATE)) + start,
             offs, offs < tl.minimum(left, BLOCK).to(tl.int32),
-            lr, alpha, eps, weight_decay, momentum, gain,
+            factor_ptr, lr, alpha, eps, weight_decay, momentum, gain,
             MAXIMIZE, DECAY, CENTERED, MOMENTUM,
             EPS_IN_SQRT, LR_IN_MOMENTUM, NESTEROV, DECOUPLED, BIAS_CORRECTION, COMPUTE,
         )  # fmt: skip

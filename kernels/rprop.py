@@ -33,12 +33,14 @@ def rprop_rule(
 
 @triton.jit
 def rprop_block(
-    param_ptr, grad_ptr, prev_ptr, step_size_ptr, offs, mask,
+    param_ptr, grad_ptr, prev_ptr, step_size_ptr, offs, mask, factor_ptr,
     etaminus, etaplus, step_size_min, step_size_max, loss_rose,
     MAXIMIZE: tl.constexpr, VARIANT: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     param = tl.load(param_ptr + offs, mask).to(COMPUTE)
     grad = tl.load(grad_ptr + offs, mask).to(COMPUTE)
+    if factor_ptr is not None:
+        grad = grad * tl.load(factor_ptr).to(COMPUTE)
     prev = tl.load(prev_ptr + offs, mask).to(COMPUTE)
     step_size = tl.load(step_size_ptr + offs, mask).to(COMPUTE)
 
@@ -54,7 +56,7 @@ def rprop_block(
 
 @triton.jit
 def rprop_kernel(
-    table_ptr, programs_ptr,
+    table_ptr, programs_ptr, factor_ptr, skip_ptr,
     etaminus: "fp64", etaplus: "fp64", step_size_min: "fp64", step_size_max: "fp64",
     loss_rose: "fp64",
     MAXIMIZE: tl.constexpr, VARIANT: tl.constexpr,
@@ -73,6 +75,8 @@ def rprop_kernel(
     # the compiler hold only where they are written in the kernel itself.
     aligned = (param | grad | prev | step_size) % 16 == 0
     present = grad != 0
+    if skip_ptr is not None:
+        present = present & (tl.load(skip_ptr) == 0)
     left = numel - start
     if present & aligned & (left >= BLOCK):
         rprop_block(
@@ -80,7 +84,7 @@ def rprop_kernel(
             tl.multiple_of(grad.to(tl.pointer_type(GRAD)), 16) + start,
             tl.multiple_of(prev.to(tl.pointer_type(STATE)), 16) + start,
             tl.multiple_of(step_size.to(tl.pointer_type(STATE)), 16) + start,
-            offs, None,
+            offs, None, factor_ptr,
             etaminus, etaplus, step_size_min, step_size_max, loss_rose, MAXIMIZE, VARIANT, COMPUTE,
         )  # fmt: skip
     elif present:
@@ -89,6 +93,6 @@ def rprop_kernel(
             grad.to(tl.pointer_type(GRAD)) + start,
             prev.to(tl.pointer_type(STATE)) + start,
             step_size.to(tl.pointer_type(STATE)) + start,
-            offs, offs < tl.minimum(left, BLOCK).to(tl.int32),
+            offs, offs < tl.minimum(left, BLOCK).to(tl.int32), factor_ptr,
             etaminus, etaplus, step_size_min, step_size_max, loss_rose, MAXIMIZE, VARIANT, COMPUTE,
         )  # fmt: skip

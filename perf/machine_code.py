@@ -35,19 +35,21 @@ TARGETS = {
 }
 DTYPES = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32, "fp64": tl.float64}
 BITS = {"fp16": 16, "bf16": 16, "fp32": 32, "fp64": 64}
+UNSCALED: dict[str, Any] = {"factor_ptr": None, "skip_ptr": None}
 _TORCH = ("MAXIMIZE", "DECAY", "CENTERED", "MOMENTUM")
 _MORE = ("EPS_IN_SQRT", "LR_IN_MOMENTUM", "NESTEROV", "DECOUPLED", "BIAS_CORRECTION")
 
 
 def _rmsprop(*on: str) -> tuple[Any, dict[str, Any], int]:
     """The kernel, its constants, and the tensors that it reads: parameter, gradient, states."""
-    constants = {"lr_ptr": None, "gain_ptr": None, **dict.fromkeys((*_TORCH, *_MORE), False)}
+    constants = {**UNSCALED, "lr_ptr": None, "gain_ptr": None}
+    constants.update(dict.fromkeys((*_TORCH, *_MORE), False))
     constants.update(dict.fromkeys(on, True))
     return rmsprop_kernel, constants, 3 + ("CENTERED" in on) + ("MOMENTUM" in on)
 
 
 def _rprop(variant: str, maximize: bool = False) -> tuple[Any, dict[str, Any], int]:
-    return rprop_kernel, {"MAXIMIZE": maximize, "VARIANT": variant}, 4
+    return rprop_kernel, {**UNSCALED, "MAXIMIZE": maximize, "VARIANT": variant}, 4
 
 
 KERNELS: dict[str, tuple[Any, dict[str, Any], int]] = {

@@ -59,7 +59,12 @@ def _fallback(layout: Layout) -> Iterator[tuple[str, ...]]:
 
 
 def _notes(layout: Layout) -> Iterator[str]:
-    loose = [p for bucket in layout.buckets for p in bucket.params if slab.find(p) is None]
+    loose = [
+        owner
+        for bucket in layout.buckets
+        for owner, param in zip(bucket.owners, bucket.params, strict=True)
+        if slab.find(param) is None
+    ]
     reasons = Counter(slab.why_not_packed(p) or "was moved out of its slab" for p in loose)
     for why, count in reasons.items():
         yield f"{count} in place: {why}"

@@ -14,6 +14,8 @@ from torch.optim.optimizer import _get_capturable_supported_devices
 
 from tritonopt import slab
 from tritonopt.device import is_capturing, path
+from tritonopt.scaling import NONE, Scaling
+from tritonopt.shard import is_sharded, local, same_shards
 from tritonopt.sweep import Sweep
 
 _CAPTURABLE = _get_capturable_supported_devices()
@@ -62,6 +64,7 @@ def _belongs(grad: Tensor, param: Tensor) -> bool:
 
 def why_not_native(param: Tensor) -> str | None:
     """Why a parameter is left to torch whatever its state and gradient are; None if it is not."""
+    param = local(param)
     if not is_plain(param):
         return f"is a {type(param).__name__}" if type(param) is not Tensor else f"is {param.layout}"
     if param.dtype not in (*HALF_OR_SINGLE, torch.float64):
@@ -76,6 +79,11 @@ def why_not_native(param: Tensor) -> str | None:
 
 def why_not_together(param: Tensor, grad: Tensor | None, states: Sequence[Tensor]) -> str | None:
     """Why a parameter that has state is left to torch; None if a launch can take it."""
+    if not all(same_shards(param, state) for state in states):
+        return "has state that is sharded in another way"
+    if grad is not None and not same_shards(param, grad):
+        return BAD_GRADIENT
+    param, grad, states = local(param), local(grad), [local(state) for state in states]
     for tensor in states:
         if not isinstance(tensor, Tensor) or not is_plain(tensor) or tensor.is_neg():
             return "has state that is not a plain tensor"
@@ -120,22 +128,34 @@ def _given(tensors: Sequence[Tensor | None]) -> list[bool]:
     return list(map(is_not, tensors, repeat(None)))
 
 
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _geometry(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    return [(t.dtype, t.device, t.size(), t.stride(), t.is_neg()) for t in tensors]
+
+
 class Bucket:
     """Parameters of one group, device and dtype, updated by one launch or one sweep."""
 
     def __init__(self, rule: Rule, params: list[Tensor], states: list[dict[str, Any]]) -> None:
         self.rule = rule
-        self.params = params
+        self.owners = params
+        self.sharded = any(map(is_sharded, params))
+        self.params = params = self._local(params)
         self.states = states
         self.device = params[0].device
         self.dtype = params[0].dtype
         self.keys = ("step", *rule.keys)
-        self.columns = {key: [state[key] for state in states] for key in self.keys}
+        self._held = {key: [state[key] for state in states] for key in self.keys}
+        self.columns = {key: self._local(column) for key, column in self._held.items()}
         self.tensors = list(chain(params, *self.columns.values()))
-        self.addresses = self._addresses()
-        self.geometry = self._geometry()
+        self.addresses = _addresses(self.tensors)
+        self.geometry = _geometry(self.tensors)
         self._as_before = Guards(self.tensors)
-        self.grad_dtype = next((p.grad.dtype for p in params if p.grad is not None), self.dtype)
+        grads = (p.grad for p in self.owners)
+        self.grad_dtype = next((g.dtype for g in grads if g is not None), self.dtype)
         self._expected: Guards | None = None  # of gradients that need no look, one by one
         self._steps, self._lone_steps = slab.spans([self.columns["step"]], len(params), 1, 1)
 
@@ -148,27 +168,32 @@ class Bucket:
 
             self.update = launch.Launch(getattr(launch, rule.name), params, columns)
 
-    def _addresses(self) -> list[int]:
-        return list(map(Tensor.data_ptr, self.tensors))
-
-    def _geometry(self) -> list[tuple[Any, ...]]:
-        return [(t.dtype, t.device, t.size(), t.stride(), t.is_neg()) for t in self.tensors]
+    def _local(self, tensors: list[Any]) -> list[Any]:
+        return list(map(local, tensors)) if self.sharded else tensors
 
     def holds(self) -> bool:
         """Whether every parameter and state tensor still lies where it lay, and as it lay."""
         try:
-            for key, column in self.columns.items():
+            for key, column in self._held.items():
                 if not all(map(is_, [state[key] for state in self.states], column)):
                     return False
         except KeyError:
             return False
-        return self._addresses() == self.addresses and (
-            self._as_before.fit(self.tensors) or self._geometry() == self.geometry
+        tensors = self.tensors
+        if self.sharded:  # a DTensor may have got another part
+            tensors = self._local(list(chain(self.owners, *self._held.values())))
+        return _addresses(tensors) == self.addresses and (
+            self._as_before.fit(tensors) or _geometry(tensors) == self.geometry
         )
 
     def gradients(self) -> list[Tensor | None] | None:
         """The gradients as the update needs them; None if there are none."""
-        grads = [p.grad for p in self.params]
+        grads = [p.grad for p in self.owners]
+        if self.sharded:
+            both = zip(self.owners, grads, strict=True)
+            if not all(grad is None or same_shards(param, grad) for param, grad in both):
+                raise Stale
+            grads = self._local(grads)
         if self._expected is not None and self._expected.fit(grads):
             return grads
         if not any(map(is_not, grads, repeat(None))):
@@ -191,28 +216,35 @@ class Bucket:
             self._expected = Guards(fitted)
         return fitted
 
-    def count(self, grads: list[Tensor | None]) -> None:
-        """Adds 1 to the step of every parameter that has a gradient."""
+    def count(self, grads: list[Tensor | None], skip: Tensor | None = None) -> None:
+        """Adds 1 to the step of every parameter that has a gradient, unless `skip` is not 0."""
+        one: Any = 1 if skip is None else (skip == 0).to(self.columns["step"][0])
         for span in self._steps:
             flat = span.flats[0]
             assert flat is not None
             for part in slab.present(span, grads):
-                flat[part] += 1
+                flat[part] += one
         for index in self._lone_steps:
             if grads[index] is not None:
-                self.states[index]["step"] += 1
+                self.states[index]["step"] += one
 
     def counts(self) -> float | Tensor:
         """The number of steps: of all parameters if it is one and the host knows it, or of each."""
         flat = self._steps[0].flats[0] if len(self._steps) == 1 and not self._lone_steps else None
         return common_count(self.columns["step"] if flat is None else flat)
 
-    def step(self, grads: list[Tensor | None], hyper: dict[str, Any]) -> None:
-        self.count(grads)
+    def step(
+        self, grads: list[Tensor | None], hyper: dict[str, Any], scaling: Scaling = NONE
+    ) -> None:
+        self.count(grads, scaling.skip)
+        if scaling is not NONE:
+            hyper["factor"] = scaling.factor
+        if scaling.skip is not None:
+            hyper["skip"] = scaling.skip
         if self.rule.counts:
             hyper["step"] = self.counts()
         self.update(grads, **hyper)
-        changed = [p for p, g in zip(self.params, grads, strict=True) if g is not None]
+        changed = [p for p, g in zip(self.owners, grads, strict=True) if g is not None]
         torch.autograd.graph.increment_version(changed)  # a later backward must notice
 
     def reserve(self) -> None:
@@ -256,7 +288,7 @@ class Layout:
         self.steps = 0  # taken since
 
         members: dict[tuple[Any, ...], list[int]] = {}
-        shared = overlapping(self.params)
+        shared = overlapping([local(param) for param in self.params])
         for index, (param, entry) in enumerate(zip(self.params, self.states, strict=True)):
             if lacking[index] and not why_torch and param.grad is None:
                 continue  # it may be lazy, or moved before its first gradient comes

@@ -13,6 +13,8 @@ from tritonopt import slab, traced
 from tritonopt.describe import table
 from tritonopt.device import is_capturing
 from tritonopt.layout import Layout, Rule, Stale, is_plain, same_layout, why_not_native
+from tritonopt.scaling import NONE, Scaling, scaled, scaling, total_norm
+from tritonopt.shard import is_sharded, local
 from tritonopt.sweep import Sweep
 
 
@@ -23,20 +25,29 @@ class SlabOptimizer(torch.optim.Optimizer):
     _sweep: Callable[..., Sweep] = Sweep
     _compile_kwargs: dict[str, Any] | None = None
     _layouts: dict[int, Layout]  # by position in param_groups; a cache, verified at every step
+    max_grad_norm: float | None = None  # over all groups
+    grad_norm: Tensor | None = None  # before clipping, of the last step with max_grad_norm
     _options: dict[str, Any] = {}  # that torch does not have, with the values of torch's rule
 
     def __init__(
-        self, params: Any, *args: Any, options: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        params: Any,
+        *args: Any,
+        options: dict[str, Any] | None = None,
+        fused_amp: bool = False,
+        max_grad_norm: float | None = None,
+        **kwargs: Any,
     ) -> None:
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
+        if fused_amp:
+            self._step_supports_amp_scaling = True  # torch.amp.GradScaler looks for it
+        if max_grad_norm is not None:
+            self.max_grad_norm = max_grad_norm
         super().__init__(params, *args, **kwargs)
-        self.defaults.update(options or {})
-        for group in self.param_groups:
-            for name, value in (options or {}).items():
-                group.setdefault(name, value)
-            self._check(group)
-        self._layouts = {}
-        for index in range(len(self.param_groups)):
-            self._begin(index)
+        if fused_amp and self.defaults["differentiable"]:
+            raise RuntimeError("`fused_amp` does not support `differentiable`")
+        self._begin_all(options or {})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         built = "_layouts" in self.__dict__  # not while the constructor adds the first groups
@@ -46,14 +57,34 @@ class SlabOptimizer(torch.optim.Optimizer):
         if built:
             self._begin(len(self.param_groups) - 1)
 
+    def __getstate__(self) -> dict[str, Any]:
+        names = {"max_grad_norm", "_step_supports_amp_scaling", "_compile_kwargs"}
+        kept = names & vars(self).keys()
+        return {**super().__getstate__(), **{name: vars(self)[name] for name in kept}}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_layouts", {})
-        for group in (self.defaults, *self.param_groups):
-            for name, value in self._options.items():
-                group.setdefault(name, value)
         if self._compile_kwargs is not None:
             self.compile(**self._compile_kwargs)
+
+    def _begin_all(self, options: dict[str, Any]) -> None:
+        # Groups hold an option only where it is in force: a distributed checkpoint must have every
+        # key of a group, and one of torch's optimizer has torch's keys.
+        options = {name: v for name, v in options.items() if v != self._options[name]}
+        self.defaults.update(options)
+        for group in self.param_groups:
+            for name, value in options.items():
+                group.setdefault(name, value)
+            self._check(group)
+        self._layouts = {}
+        for index in range(len(self.param_groups)):
+            self._begin(index)
+
+    def _adopt(self) -> None:
+        """Takes over after `__class__` was changed from torch's optimizer."""
+        self._patch_step_function()  # hooks and profiler names, once per class
+        self._begin_all(self._options)
 
     # What a subclass says of its rule.
 
@@ -77,10 +108,14 @@ class SlabOptimizer(torch.optim.Optimizer):
 
     def _check_traced(self, group: dict[str, Any]) -> None:
         """Raises where a traced graph could not do what the group asks of it."""
+        if self.max_grad_norm is not None or getattr(self, "_step_supports_amp_scaling", False):
+            raise ValueError("max_grad_norm and fused_amp need a step that is not traced")
+        if any(map(is_sharded, group["params"])):
+            raise ValueError("sharded parameters need a step that is not traced")
 
     def _is_as_new(self, entry: dict[str, Any]) -> bool:
         """Whether state is as it was made."""
-        return not any(bool(tensor.any()) for tensor in entry.values())
+        return not any(bool(local(tensor).any()) for tensor in entry.values())
 
     def _before_update(self, group: dict[str, Any], layout: Layout) -> None:
         """Called before each update of a group."""
@@ -106,11 +141,15 @@ class SlabOptimizer(torch.optim.Optimizer):
         if why:
             raise ValueError(f"{option} is not in torch's implementation, which {why} selects")
 
+    def _option(self, group: dict[str, Any], name: str) -> Any:
+        """The value of an option that torch does not have."""
+        return group.get(name, self._options[name])
+
     def _beyond_torch(self, group: dict[str, Any]) -> str | None:
         """An option in force that torch does not have; None if torch has the group's rule."""
         for name, value in self._options.items():
-            if group[name] != value:
-                return f"{name}={group[name]!r}"
+            if self._option(group, name) != value:
+                return f"{name}={self._option(group, name)!r}"
         return None
 
     # The step.
@@ -142,9 +181,12 @@ class SlabOptimizer(torch.optim.Optimizer):
             self._layouts.pop(index, None)  # of groups that were removed
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             work = [self._examine(index) for index in range(len(self.param_groups))]
+            scaling = self._scaling(work)
+            if scaling is None:
+                return loss
             self._see_loss(loss)
             for group, (layout, gradients) in zip(self.param_groups, work, strict=True):
-                self._update(group, layout, gradients)
+                self._update(group, layout, gradients, scaling)
         return loss
 
     # A scheduler wraps a step without this mark, to set `_opt_called`, in a file that dynamo skips.
@@ -178,18 +220,44 @@ class SlabOptimizer(torch.optim.Optimizer):
                     f"of size {tuple(param.size())}: it {why}"
                 )
 
+    def _scaling(self, work: list[Any]) -> Scaling | None:
+        """What the gradients count; None if the step is skipped, as far as the host may know."""
+        amp = vars(self) if _has_fused_amp(self) else {}
+        grad_scale, skip = amp.get("grad_scale"), amp.get("found_inf")
+        if grad_scale is None and skip is None and self.max_grad_norm is None:
+            return NONE
+        on_device = all(
+            not layout.fallback and all(hasattr(b.update, "square_sum") for b in layout.buckets)
+            for layout, _ in work
+        )
+        if skip is not None and not on_device:
+            if skip.item():
+                return None
+            skip = None
+        norm = None
+        with torch.no_grad():
+            if self.max_grad_norm is not None:
+                norm = total_norm(work, self.param_groups[0]["params"][0].device)
+            found, self.grad_norm = scaling(norm, self.max_grad_norm, grad_scale, skip)
+        return found
+
     def _update(
-        self, group: dict[str, Any], layout: Layout, gradients: list[list[Tensor | None] | None]
+        self,
+        group: dict[str, Any],
+        layout: Layout,
+        gradients: list[list[Tensor | None] | None],
+        scaling: Scaling,
     ) -> None:
         self._before_update(group, layout)
         if layout.fallback:
             params = [param for param, _ in layout.fallback]
             foreach = group["foreach"] or False  # one after the other, as overlapping tensors need
-            self._torch_update({**group, "params": params, "foreach": foreach})
+            with scaled(params, scaling.factor):
+                self._torch_update({**group, "params": params, "foreach": foreach})
         for bucket, grads in zip(layout.buckets, gradients, strict=True):
             if grads is not None:
                 with torch.no_grad():
-                    bucket.step(grads, self._hyper(group))
+                    bucket.step(grads, self._hyper(group), scaling)
                     if group["capturable"]:
                         bucket.reserve()
 
@@ -212,12 +280,6 @@ class SlabOptimizer(torch.optim.Optimizer):
 
         self._compile_kwargs = kwargs
         self._sweep = partial(CompiledSweep, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()
-        if self._compile_kwargs is not None:
-            state["_compile_kwargs"] = self._compile_kwargs
-        return state
 
     def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
         """Torch's, and, given twice as many lists, what a traced step works on.
@@ -284,16 +346,22 @@ class SlabOptimizer(torch.optim.Optimizer):
         self._look(index, slabs)
 
     def _make_state(self, group: dict[str, Any], params: Iterable[Tensor]) -> list[slab.Slab]:
-        """State for the parameters that have none yet, unless they are left to torch."""
+        """State for the parameters that have none yet, unless torch must make it itself."""
         rule = self._rule(group)
-        if self._why_torch(group):
+        if group["differentiable"]:
             return []
         new = [p for p in params if why_not_native(p) is None and self._is_unmade(p, rule.keys)]
         slabs = []
+        on_device = group["capturable"] or _has_fused_amp(self)
         scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-        for batch in _by_slab(new):
+        for param in filter(is_sharded, new):
+            home = param.device if on_device else torch.device("cpu")
+            self.state[param] = {"step": torch.zeros((), dtype=scalar, device=home)}
+            for key in rule.keys:  # as its parameter: sharded checkpoints need that
+                self.state[param][key] = torch.full_like(param, self._initial(key, group))
+        for batch in _by_slab([p for p in new if not is_sharded(p)]):
             device, dtype = batch[0].device, batch[0].dtype
-            home = device if group["capturable"] else torch.device("cpu")
+            home = device if on_device else torch.device("cpu")
             steps, memory = slab.allocate([_SCALAR] * len(batch), scalar, home, alignment=1)
             columns = {"step": steps}
             slabs.append(memory)
@@ -369,6 +437,10 @@ class SlabOptimizer(torch.optim.Optimizer):
                 layout = self._look(index)
             layouts.append(layout)
         return table(layouts)
+
+
+def _has_fused_amp(optimizer: torch.optim.Optimizer) -> bool:
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 _SCALAR = torch.empty((), device="meta")

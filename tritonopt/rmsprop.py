@@ -44,6 +44,11 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
         foreach: given explicitly, True or False selects torch's own implementation.
         maximize: ascend instead of descend.
         differentiable: let autograd run through :meth:`step`; selects torch's own implementation.
+        fused_amp: let :class:`torch.amp.GradScaler` hand over its scale and whether gradients are
+            infinite, instead of passing over the gradients itself. Lightning refuses gradient
+            clipping of its own then.
+        max_grad_norm: the step counts gradients as if they had first been clipped to this 2-norm
+            over all param groups, without writing them. :attr:`grad_norm` holds the norm before.
         eps_in_sqrt: the denominator is :math:`\sqrt{v_t + \epsilon}`.
         lr_in_momentum: :math:`b_t = \mu b_{t-1} + \gamma g_t / (\sqrt{v_t} + \epsilon)` and
             :math:`\theta_t = \theta_{t-1} - b_t`: a new ``lr`` leaves earlier updates as they were.
@@ -101,6 +106,8 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
         nesterov: bool = False,
         bias_correction: bool = False,
         decoupled_weight_decay: bool = False,
+        fused_amp: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
         options = {
             "eps_in_sqrt": eps_in_sqrt,
@@ -113,6 +120,7 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
         super().__init__(
             params, lr, alpha, eps, weight_decay, momentum, centered,
             capturable, foreach, maximize, differentiable, options=options,
+            fused_amp=fused_amp, max_grad_norm=max_grad_norm,
         )  # fmt: skip
 
     def _rule(self, group: dict[str, Any]) -> Rule:
@@ -122,19 +130,19 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
         if group["centered"]:
             keys.append("grad_avg")
         order = ("square_avg", "grad_avg", "momentum_buffer")
-        counts = bool(group["bias_correction"])
+        counts = bool(self._option(group, "bias_correction"))
         return Rule("RMSprop", "rmsprop_", eager.rmsprop_, tuple(keys), order, counts)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        names = (*_HYPER, *_SWITCHES)
-        return {"lr": _to_scalar(group["lr"]), **{name: group[name] for name in names}}
+        hyper = {"lr": _to_scalar(group["lr"]), **{name: group[name] for name in _HYPER}}
+        return {**hyper, **{name: self._option(group, name) for name in _SWITCHES}}
 
     def _initial(self, key: str, group: dict[str, Any]) -> float:
-        return float(group["initial_scale"]) if key == "square_avg" else 0.0
+        return float(self._option(group, "initial_scale")) if key == "square_avg" else 0.0
 
     def _is_as_new(self, entry: dict[str, Any]) -> bool:
         rest = {key: value for key, value in entry.items() if key != "square_avg"}
-        starts = {group["initial_scale"] for group in self.param_groups}
+        starts = {self._option(group, "initial_scale") for group in self.param_groups}
         average = entry.get("square_avg")
         fresh = average is None or any(
             torch.equal(average, torch.full_like(average, start)) for start in starts
@@ -142,12 +150,12 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
         return fresh and super()._is_as_new(rest)
 
     def _check(self, group: dict[str, Any]) -> None:
-        if not 0.0 <= group["initial_scale"]:
+        if not 0.0 <= self._option(group, "initial_scale"):
             raise ValueError(f"Invalid initial_scale value: {group['initial_scale']}")
         for name in ("nesterov", "lr_in_momentum"):
-            if group[name] and group["momentum"] <= 0:
+            if self._option(group, name) and group["momentum"] <= 0:
                 raise ValueError(f"{name}=True requires a momentum")
-        if group["bias_correction"] and not group["alpha"] < 1:
+        if self._option(group, "bias_correction") and not group["alpha"] < 1:
             raise ValueError("bias_correction=True requires an alpha below 1")
         super()._check(group)
 
@@ -168,7 +176,7 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
     ) -> None:
         if native[0]:
             hyper = traced.live(self._hyper(group))
-            hyper["bias_correction"] = group["bias_correction"]
+            hyper["bias_correction"] = self._option(group, "bias_correction")
             torch.ops.tritonopt.rmsprop_.tensor_hyper(*native, **hyper)
         if rest[0]:
             self._functional(group, rest, has_complex)

@@ -14,6 +14,7 @@ from tritonopt import eager
 from tritonopt.device import is_capturing
 from tritonopt.layout import Layout, Rule
 from tritonopt.optimizer import SlabOptimizer
+from tritonopt.shard import local
 from tritonopt.slab import Slab
 
 VARIANTS = ("irprop-", "rprop-", "rprop+", "irprop+")
@@ -44,6 +45,11 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         foreach: given explicitly, True or False selects torch's own implementation.
         maximize: ascend instead of descend.
         differentiable: let autograd run through :meth:`step`; selects torch's own implementation.
+        fused_amp: let :class:`torch.amp.GradScaler` hand over its scale and whether gradients are
+            infinite, instead of passing over the gradients itself. Lightning refuses gradient
+            clipping of its own then.
+        max_grad_norm: the step counts gradients as if they had first been clipped to this 2-norm
+            over all param groups, without writing them. :attr:`grad_norm` holds the norm before.
         variant: what happens to an element whose gradient changes its sign, besides that its step
             size shrinks. All but the first are not in torch: with them, what only torch can do
             raises.
@@ -96,11 +102,14 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         maximize: bool = False,
         differentiable: bool = False,
         variant: str = "irprop-",
+        fused_amp: bool = False,
+        max_grad_norm: float | None = None,
     ) -> None:
         super().__init__(
             params, lr, etas, step_sizes,
             capturable=capturable, foreach=foreach, maximize=maximize,
             differentiable=differentiable, options={"variant": variant},
+            fused_amp=fused_amp, max_grad_norm=max_grad_norm,
         )  # fmt: skip
 
     def _rule(self, group: dict[str, Any]) -> Rule:
@@ -110,12 +119,12 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
         return {
             **_torch_hyper(group),
-            "variant": group["variant"],
+            "variant": self._option(group, "variant"),
             "loss_rose": self._loss_rose,
         }
 
     def _check(self, group: dict[str, Any]) -> None:
-        if group["variant"] not in VARIANTS:
+        if self._option(group, "variant") not in VARIANTS:
             raise ValueError(f"Invalid variant: {group['variant']!r}, not one of {VARIANTS}")
         super()._check(group)
 
@@ -143,19 +152,20 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
     # The loss.
 
     def _begin(self, index: int) -> None:
-        if self.param_groups[index]["variant"] == "irprop+":
+        if self._option(self.param_groups[index], "variant") == "irprop+":
             self.param_groups[index].setdefault("last_loss", None)
         super()._begin(index)
 
     def _check_traced(self, group: dict[str, Any]) -> None:
-        if group["variant"] == "irprop+":
+        super()._check_traced(group)
+        if self._option(group, "variant") == "irprop+":
             raise ValueError(
                 "variant='irprop+' compares losses on the host, which torch.compile cannot trace: "
                 "call optimizer.compile() and step eagerly"
             )
 
     def _see_loss(self, loss: Any) -> None:
-        if all(group["variant"] != "irprop+" for group in self.param_groups):
+        if all(self._option(group, "variant") != "irprop+" for group in self.param_groups):
             return
         if loss is None:
             raise ValueError("variant='irprop+' needs the loss: step(closure) must return it")
@@ -178,19 +188,19 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
     def _look(self, index: int, new: Sequence[Slab] = ()) -> Layout:
         layout = super()._look(index, new)
         layout.unused_step_sizes = [  # type: ignore[attr-defined]
-            (param, entry["step_size"], float(entry["step_size"].flatten()[0]))
+            (param, local(entry["step_size"]), float(local(entry["step_size"]).flatten()[0]))
             for param, entry in zip(layout.params, layout.states, strict=True)
             if entry
             and "step_size" in entry
             and not param.is_complex()
-            and param.numel()
+            and local(param).numel()
             and _is_unused(entry)
         ]
         return layout
 
     @torch.no_grad()
     def _before_update(self, group: dict[str, Any], layout: Layout) -> None:
-        if group["variant"] == "irprop+":
+        if self._option(group, "variant") == "irprop+":
             last, sign = group.get("last_loss"), -1 if group["maximize"] else 1
             self._loss_rose = last is not None and sign * self._loss > sign * last
             group["last_loss"] = self._loss
@@ -221,12 +231,13 @@ def _torch_hyper(group: dict[str, Any]) -> dict[str, Any]:
 
 def _is_unused(entry: dict[str, Any]) -> bool:
     """Whether no step has been taken and the step sizes are still those they were created with."""
+    step_size, prev = local(entry["step_size"]), local(entry["prev"])
     if float(entry["step"]) != 0:
         return False
-    if not entry["step_size"].numel():
+    if not step_size.numel():
         return True
-    low, high = torch.aminmax(entry["step_size"])
-    return bool(low == high) and not bool(entry["prev"].any())
+    low, high = torch.aminmax(step_size)
+    return bool(low == high) and not bool(prev.any())
 
 
 def _rounded(value: float, dtype: torch.dtype) -> float:

@@ -64,9 +64,12 @@ class Sweep:
             for span, views in zip(self.spans, self._grads, strict=True)
         ]
 
-    def __call__(self, grads: Sequence[Tensor | None], **hyper: Any) -> None:
+    def __call__(
+        self, grads: Sequence[Tensor | None], factor: Tensor | None = None, **hyper: Any
+    ) -> None:
         """Updates every tensor that has a gradient. A gradient has its parameter's strides.
 
+        Gradients count `factor` times.
         `step`, if the rule takes it, is a number, or a tensor with the number of each tensor.
         """
         steps = hyper["step"].tolist() if isinstance(hyper.get("step"), Tensor) else None
@@ -80,6 +83,8 @@ class Sweep:
                     torch.cat(source, out=self._grad[where])
                 else:
                     torch._foreach_copy_(views[part], source)
+                if factor is not None:
+                    self._grad[where].mul_(factor)
                 flats = [None if flat is None else flat[where] for flat in span.flats]
                 self._update(flats, self._grad[where], hyper)
         for index in self.alone:
@@ -92,6 +97,10 @@ class Sweep:
                     for column in self.columns
                 ]
                 for number, piece in enumerate(_flat(grad).split(self.piece)):
+                    if factor is not None:
+                        room = self._grad[: piece.numel()]
+                        same = room.numel() == piece.numel()
+                        piece = (room.copy_(piece) if same else piece.to(self.dtype)) * factor
                     self._update([p and p[number] for p in pieces], piece, hyper)
 
     def _update(self, flats: list[Tensor | None], grad: Tensor, hyper: dict[str, Any]) -> None:

@@ -1,0 +1,296 @@
+"""What two processes do together in `test_distributed.py`; each scenario trains with a class.
+
+Run as `python ranks.py FOLDER RANK`. It writes what went wrong in each scenario, nothing if nothing
+did, to `FOLDER/RANK.json`.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import sys
+import traceback
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import tritonopt
+
+OURS = {"RMSprop": tritonopt.RMSprop, "Rprop": tritonopt.Rprop}
+TORCH = {"RMSprop": torch.optim.RMSprop, "Rprop": torch.optim.Rprop}  # for-loops on a CPU
+KWARGS = {
+    "RMSprop": {"lr": 0.01, "momentum": 0.9, "centered": True, "weight_decay": 1e-3},
+    "Rprop": {"lr": 0.01},
+}
+STEPS = 6
+
+
+def network():
+    """Shards are uneven on two ranks (5 and 3 rows), or empty on one of them (1 row)."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.LayerNorm(3), nn.Linear(3, 1)
+    )
+
+
+def train(model, optimizer, steps=STEPS, first=0):
+    """Every rank sees other data."""
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
+        optimizer.zero_grad()
+        model(torch.randn(8, 4, generator=generator)).square().mean().backward()
+        optimizer.step()
+
+
+def whole(value):
+    """DTensors gathered, containers copied, so that two results can be compared."""
+    if isinstance(value, DTensor):
+        return value.full_tensor().detach().clone()
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: whole(entry) for key, entry in value.items()}
+    return [whole(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
+def result(model, optimizer):
+    """Parameters and state. Ours has state before the first gradient, which torch has not."""
+    states = [optimizer.state[p] for p in model.parameters()]
+    used = [state if state and state["step"] > 0 else {} for state in states]
+    return whole([list(model.parameters()), used])
+
+
+def assert_equal(ours, theirs, where=""):
+    if isinstance(theirs, torch.Tensor):
+        assert torch.equal(ours, theirs), f"{where}: {ours} and {theirs}"
+    elif isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys(), f"{where}: {ours.keys()} and {theirs.keys()}"
+        for key in theirs:
+            assert_equal(ours[key], theirs[key], f"{where}.{key}")
+    elif isinstance(theirs, list):
+        assert len(ours) == len(theirs), where
+        for index, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_equal(*pair, f"{where}[{index}]")
+    else:
+        assert ours == theirs, f"{where}: {ours} and {theirs}"
+
+
+# Engines: wrap the network, build the optimizer, and train.
+
+
+def ddp(make, bucket_view, built_first):
+    model = network()
+    if built_first:
+        optimizer = make(model.parameters())
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=bucket_view)
+    if not built_first:
+        optimizer = make(wrapped.parameters())
+    train(wrapped, optimizer)
+    return result(model, optimizer)
+
+
+def flat(use_orig_params):
+    return FullyShardedDataParallel(
+        network(), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
+
+
+def fsdp1(make, use_orig_params):
+    model = flat(use_orig_params)
+    optimizer = make(model.parameters())
+    train(model, optimizer)
+    return result(model, optimizer)
+
+
+def sharded():
+    model = network()
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in (model[0], model[2]):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def fsdp2(make):
+    model = sharded()
+    optimizer = make(model.parameters())
+    train(model, optimizer)
+    for param in model.parameters():
+        for key, value in optimizer.state[param].items():
+            assert key == "step" or (
+                isinstance(value, DTensor) and value.placements == param.placements
+            )
+    if isinstance(optimizer, tuple(OURS.values())):
+        assert "left to torch" not in optimizer.describe(), optimizer.describe()
+    return result(model, optimizer)
+
+
+def as_ddp(make):
+    """torch's Rprop cannot train DTensors: it assigns through a mask."""
+    return fsdp2(make) if make.func is not torch.optim.Rprop else untouched(make, "ddp", STEPS)
+
+
+def clipped(ours, theirs, folder):
+    """The norm inside the step is that of all ranks' shards."""
+    model, reference = sharded(), DistributedDataParallel(network())
+    optimizer = ours(model.parameters(), max_grad_norm=0.01)
+    plain = theirs(reference.parameters())
+    plain.register_step_pre_hook(
+        lambda *_: norms.append(nn.utils.clip_grad_norm_(reference.parameters(), 0.01))
+    )
+    norms: list[torch.Tensor] = []
+    train(model, optimizer, 1)
+    train(reference, plain, 1)
+    torch.testing.assert_close(optimizer.grad_norm, norms[0])
+    for param, twin in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(param.full_tensor(), twin)
+
+
+def zero(make, bucket_view):
+    model = network()
+    wrapped = DistributedDataParallel(model)
+    optimizer = ZeroRedundancyOptimizer(
+        wrapped.parameters(), optimizer_class=make.func, parameters_as_bucket_view=bucket_view,
+        **make.keywords,
+    )  # fmt: skip
+    train(wrapped, optimizer)
+    optimizer.consolidate_state_dict(to=0)
+    state = optimizer.state_dict()["state"] if dist.get_rank() == 0 else {}
+    return whole([list(model.parameters()), state])
+
+
+# Checkpoints: `before` steps, get, save, load and set into new ones, train on.
+
+WRAP = {
+    "ddp": lambda: DistributedDataParallel(network()),
+    "fsdp1": lambda: flat(use_orig_params=True),
+    "fsdp2": sharded,
+}
+OPTIONS = {
+    "sharded": {},
+    "flattened": {"flatten_optimizer_state_dict": True},
+    "full": {"full_state_dict": True},
+}
+
+
+def checkpoint(make, other, folder, engine, options, before):
+    """`make` writes the checkpoint and trains on; `other` resumes from it and must equal that."""
+    options = StateDictOptions(**OPTIONS[options])
+    model = WRAP[possible(make, engine)]()
+    optimizer = make(model.parameters())
+    train(model, optimizer, before)
+    state = {
+        "model": get_model_state_dict(model, options=options),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+    dcp.save(state, checkpoint_id=folder)
+    train(model, optimizer, 3, first=before)
+
+    fresh = WRAP[possible(other, engine)]()
+    resumed = other(fresh.parameters())
+    state = {
+        "model": get_model_state_dict(fresh, options=options),
+        "optimizer": get_optimizer_state_dict(fresh, resumed, options=options),
+    }
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(fresh, state["model"], options=options)
+    set_optimizer_state_dict(fresh, resumed, state["optimizer"], options=options)
+    train(fresh, resumed, 3, first=before)
+    assert_equal(result(fresh, resumed), result(model, optimizer))
+    return result(model, optimizer)
+
+
+def untouched(make, engine, steps):
+    model = WRAP[engine]()
+    optimizer = make(model.parameters())
+    train(model, optimizer, steps)
+    return result(model, optimizer)
+
+
+def possible(make, engine):
+    return "ddp" if make.func is torch.optim.Rprop and engine == "fsdp2" else engine
+
+
+ENGINES = {
+    **{
+        f"ddp, {'' if view else 'no '}bucket view, built {'before' if first else 'after'}":
+            functools.partial(ddp, bucket_view=view, built_first=first)
+        for view, first in itertools.product([False, True], [False, True])
+    },
+    "fsdp1, flat parameters": functools.partial(fsdp1, use_orig_params=False),
+    "fsdp1, original parameters": functools.partial(fsdp1, use_orig_params=True),
+    "fsdp2": as_ddp,
+    "zero, parameters": functools.partial(zero, bucket_view=False),
+    "zero, bucket views": functools.partial(zero, bucket_view=True),
+}  # fmt: skip
+WAYS = [  # who writes, who reads, after how many steps
+    ("ours", "ours", 0), ("ours", "ours", 3), ("ours", "torch", 3), ("torch", "ours", 3)
+]  # torch's own dummy step before the first one changes its state: nothing to compare with
+
+
+def compare(run, ours, theirs, folder):
+    assert_equal(run(ours), run(theirs))
+
+
+def resume(writer, reader, engine, options, before, ours, theirs, folder):
+    make = {"ours": ours, "torch": theirs}
+    trained = checkpoint(make[writer], make[reader], folder, engine, options, before)
+    assert_equal(trained, untouched(theirs, possible(theirs, engine), before + 3))
+
+
+def scenarios():
+    """Readable ids, and what to do with our class, torch's, and a folder."""
+    rows = {title: functools.partial(compare, run) for title, run in ENGINES.items()}
+    rows["fsdp2, clipped inside the step"] = clipped
+    for engine, options, way in itertools.product(WRAP, OPTIONS, WAYS):
+        if (engine, options) == ("fsdp1", "sharded"):
+            continue  # torch cannot load what it saved there: it looks for "param_groups."
+        writer, reader, before = way
+        title = f"dcp, {engine}, {options}, {writer} to {reader}, step {before}"
+        rows[title] = functools.partial(resume, writer, reader, engine, options, before)
+    return {
+        f"{name}, {title}": functools.partial(run, *classes(name))
+        for name, (title, run) in itertools.product(OURS, rows.items())
+    }
+
+
+def classes(name):
+    return [functools.partial(source[name], **KWARGS[name]) for source in (OURS, TORCH)]
+
+
+def main(folder, rank):
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2,
+        timeout=timedelta(seconds=60),
+    )  # fmt: skip
+    failures = {}
+    for number, (title, run) in enumerate(scenarios().items()):
+        try:
+            run(str(folder / str(number)))
+        except (Exception, dcp.api.CheckpointException):
+            failures[title] = traceback.format_exc()
+        (folder / f"{rank}.json").write_text(json.dumps([number, failures]))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,216 @@
+"""Training in Lightning: with our optimizers every run equals torch's to the last bit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from cases import OURS, TORCH
+
+from tritonopt.device import INTERPRET
+
+lightning = pytest.importorskip("lightning")
+if INTERPRET:
+    pytest.skip("the interpreter rounds square roots otherwise", allow_module_level=True)
+
+from lightning.fabric import Fabric  # noqa: E402
+from lightning.pytorch import callbacks  # noqa: E402
+from lightning.pytorch.cli import LightningCLI  # noqa: E402
+from lightning_cases import (  # noqa: E402
+    QUIET,
+    Early,
+    Frozen,
+    FrozenFirst,
+    Manual,
+    Module,
+    Monitored,
+    Scheduled,
+    Skipping,
+    Unlogged,
+    assert_equal,
+    loader,
+    outcome,
+)
+
+from tritonopt.lightning import FusedOptimizers  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def quiet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    warnings.filterwarnings("ignore", module="lightning")
+
+
+class Average(callbacks.WeightAveraging):
+    def __init__(self):
+        super().__init__(multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+
+
+def average():
+    return [Average()]
+
+
+def stochastic():
+    return [callbacks.StochasticWeightAveraging(swa_lrs=0.001, swa_epoch_start=1)]
+
+
+SCENARIOS = {
+    "alone": (Module, {}),
+    "scheduler": (Scheduled, {}),
+    "monitor": (Monitored, {}),
+    "clip by norm": (Module, {"gradient_clip_val": 0.1}),
+    "clip by value": (Module, {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}),
+    "accumulation": (Module, {"accumulate_grad_batches": 4}),
+    "SWA": (Module, {"callbacks": stochastic}),
+    "EMA": (Module, {"callbacks": average}),
+    "64-true": (Module, {"precision": "64-true"}),
+    "bf16-mixed": (Module, {"precision": "bf16-mixed"}),
+    "manual": (Manual, {}),
+    "frozen": (Frozen, {}),
+    "frozen at first": (FrozenFirst, {}),
+    "None from training_step": (Skipping, {}),
+    "built early": (Early, {}),
+    "built early, 64-true": (Early, {"precision": "64-true"}),
+}
+"""Class of the module, options of the trainer."""
+
+
+def fit(make, kind=Module, fits=1, wrap=lambda module: module, **options):
+    made = options.pop("callbacks", list)()
+    trainer = lightning.Trainer(**{**QUIET, **options, "callbacks": made})
+    module = kind(make)
+    for _ in range(fits):
+        trainer.fit(wrap(module), loader())
+        trainer.fit_loop.max_epochs += 1
+    return outcome(trainer, module)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("name", OURS)
+def test_as_torch(name, scenario):
+    kind, options = SCENARIOS[scenario]
+    assert_equal(fit(OURS[name], kind, **options), fit(TORCH[name], kind, **options))
+
+
+@pytest.mark.parametrize("scenario", ["alone", "scheduler", "monitor", "EMA", "manual", "64-true"])
+@pytest.mark.parametrize("name", OURS)
+def test_the_callback(name, scenario):
+    kind, options = SCENARIOS[scenario]
+    expected = fit(TORCH[name], kind, **options)
+    others = options.get("callbacks", list)
+    seen = Witness()
+    options = {**options, "callbacks": lambda: [FusedOptimizers(), seen, *others()]}
+    assert_equal(fit(TORCH[name], kind, **options), expected)
+    assert seen.classes == {OURS[name]}
+
+
+class Witness(callbacks.Callback):
+    def on_train_start(self, trainer, pl_module):
+        self.classes = {type(o) for o in trainer.optimizers}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_half_precision(name):
+    """torch's own steps round several times, so that the two runs drift apart."""
+    runs = [fit(make[name], precision="bf16-true") for make in (OURS, TORCH)]
+    assert_equal(runs[0]["logged"], runs[1]["logged"], rtol=0.1)
+    assert runs[0]["module"]["net.0.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_fitted_twice(name):
+    assert_equal(fit(OURS[name], fits=2), fit(TORCH[name], fits=2))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_compiled(name):
+    def wrap(module):
+        return torch.compile(module, backend="aot_eager")
+
+    assert_equal(*[fit(make[name], Unlogged, wrap=wrap) for make in (OURS, TORCH)])
+
+
+@pytest.mark.parametrize("kind", [Scheduled, Module], ids=["scheduler", "alone"])
+@pytest.mark.parametrize(
+    "first, then",
+    [(OURS, OURS), (OURS, TORCH), (TORCH, OURS)],
+    ids=["ours", "to torch", "from torch"],
+)
+@pytest.mark.parametrize("name", OURS)
+def test_resumed(name, first, then, kind):
+    expected = fit(TORCH[name], kind, max_epochs=5)
+    trainer = lightning.Trainer(**{**QUIET, "max_epochs": 2})
+    trainer.fit(kind(first[name]), loader())
+    trainer.save_checkpoint("checkpoint.ckpt")
+    trainer = lightning.Trainer(**{**QUIET, "max_epochs": 5})
+    module = kind(then[name])
+    trainer.fit(module, loader(), ckpt_path="checkpoint.ckpt", weights_only=True)
+    assert_equal(outcome(trainer, module), expected)
+
+
+def test_clipping_by_lightning_and_by_the_step_are_not_mixed():
+    """Its message is Lightning's; our own clipping takes its place."""
+
+    def make(params, lr):
+        return OURS["RMSprop"](params, lr=lr, fused_amp=True)
+
+    with pytest.raises(RuntimeError, match="does not allow for gradient clipping"):
+        fit(make, precision="bf16-mixed", gradient_clip_val=0.1)
+
+
+def test_two_processes():
+    script = Path(__file__).with_name("lightning_cases.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_fabric(name):
+    def train(make):
+        fabric = Fabric(accelerator="cpu", devices=1)
+        model = Module(make).net
+        model, optimizer = fabric.setup(model, make(model.parameters(), lr=0.01))
+        for x, y in fabric.setup_dataloaders(loader()):
+            optimizer.zero_grad()
+            fabric.backward((model(x) - y).square().mean())
+            fabric.clip_gradients(model, optimizer, max_norm=0.5)
+            optimizer.step()
+        fabric.save("fabric.ckpt", {"model": model, "optimizer": optimizer})
+        fabric.load("fabric.ckpt", {"model": model, "optimizer": optimizer})
+        optimizer.step()
+        return [p.detach().clone() for p in model.parameters()]
+
+    assert_equal(train(OURS[name]), train(TORCH[name]))
+
+
+class Configurable(Module):
+    """Without an optimizer of its own: the command line adds one."""
+
+    def __init__(self, width: int = 16):
+        super().__init__(None)
+
+    configure_optimizers = lightning.LightningModule.configure_optimizers
+
+
+class Data(lightning.LightningDataModule):
+    def train_dataloader(self):
+        return loader()
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_command_line(name):
+    def run(library):
+        options = [f"--trainer.{key}={str(value).lower()}" for key, value in QUIET.items()]
+        given = [f"--optimizer={library}.{name}", "--optimizer.lr=0.003"]
+        schedule = ["--lr_scheduler=torch.optim.lr_scheduler.StepLR", "--lr_scheduler.step_size=1"]
+        cli = LightningCLI(
+            Configurable, Data, args=["fit", *options, *given, *schedule],
+            save_config_callback=None, seed_everything_default=0,
+        )  # fmt: skip
+        return outcome(cli.trainer, cli.model)
+
+    assert_equal(run("tritonopt"), run("torch.optim"))

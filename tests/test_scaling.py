@@ -1,0 +1,116 @@
+"""`fused_amp` and `max_grad_norm` inside the step equal the separate passes over the gradients."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from cases import OURS, give_gradients, parameters
+
+LIMIT = {torch.float32: 1e-6, torch.float64: 1e-14}
+"""Relative: the factor of a clipped gradient is rounded once less than in two passes."""
+
+
+@pytest.fixture(params=OURS)
+def name(request):
+    return request.param
+
+
+def pair(name, device="cpu", dtype=torch.float32, **options):
+    """One optimizer with the options and one without, two groups each."""
+    params = parameters(dtype=dtype, device=device)
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    groups = [[{"params": ps[:4]}, {"params": ps[4:], "lr": 0.003}] for ps in (params, copies)]
+    return OURS[name](groups[0], **options), params, OURS[name](groups[1]), copies
+
+
+def assert_close(ours, params, theirs, copies, limit):
+    for param, twin in zip(params, copies, strict=True):
+        torch.testing.assert_close(param, twin, rtol=limit, atol=limit)
+        for key, value in theirs.state[twin].items():
+            mine = ours.state[param][key].to(value.device)
+            torch.testing.assert_close(mine, value, rtol=limit, atol=limit, msg=key)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.5, 1e4])
+@pytest.mark.parametrize("dtype", LIMIT, ids=str)
+def test_clipping(name, dtype, max_grad_norm, device):
+    ours, params, theirs, copies = pair(name, device, dtype, max_grad_norm=max_grad_norm)
+    for step in range(5):
+        give_gradients(params, copies, missing={step})
+        before = [None if p.grad is None else p.grad.clone() for p in params]
+        ours.step()
+        norm = torch.nn.utils.clip_grad_norm_(copies, max_grad_norm)
+        theirs.step()
+        torch.testing.assert_close(ours.grad_norm, norm, rtol=LIMIT[dtype], atol=0)
+        for param, grad in zip(params, before, strict=True):
+            assert grad is None if param.grad is None else torch.equal(param.grad, grad)
+        assert_close(ours, params, theirs, copies, LIMIT[dtype] * 10)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_amp(name, max_grad_norm, device):
+    """A scale that is no power of two, and infinite gradients at every third step."""
+    options = {"fused_amp": True, "max_grad_norm": max_grad_norm}
+    ours, params, theirs, copies = pair(name, device, **options)
+    scalers = [torch.amp.GradScaler(device.type, init_scale=1000.0) for _ in range(2)]
+    for step in range(6):
+        for scaler in scalers:
+            scaler.scale(torch.zeros((), device=device))  # makes its scale
+        give_gradients(params, copies)
+        if step % 3 == 1:
+            params[-1].grad[0] = copies[-1].grad[0] = torch.inf
+        scalers[1].unscale_(theirs)
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(copies, max_grad_norm)
+        for scaler, optimizer in zip(scalers, (ours, theirs), strict=True):
+            scaler.step(optimizer)
+            scaler.update()
+        assert scalers[0].get_scale() == scalers[1].get_scale()
+        assert_close(ours, params, theirs, copies, 1e-5)
+    assert {float(ours.state[p]["step"]) for p in params} == {4.0}
+
+
+def test_infinite_gradients_without_waiting(name, device):
+    """What a kernel sees of a skipped step: nothing changes, no step is counted."""
+    ours, params, _, copies = pair(name, device, fused_amp=True)
+    give_gradients(params, copies)
+    ours.grad_scale, ours.found_inf = torch.ones((), device=device), torch.ones((), device=device)
+    ours.step()
+    assert all(torch.equal(p, c) for p, c in zip(params, copies, strict=True))
+    assert {float(ours.state[p]["step"]) for p in params} == {0.0}
+
+
+def test_what_is_left_to_torch(name):
+    ours, params, theirs, copies = pair(name, max_grad_norm=0.5)
+    for group in (*ours.param_groups, *theirs.param_groups):
+        group["foreach"] = False
+    give_gradients(params, copies)
+    grads = [p.grad for p in params]
+    ours.step()
+    torch.nn.utils.clip_grad_norm_(copies, 0.5)
+    theirs.step()
+    assert_close(ours, params, theirs, copies, 1e-6)
+    assert all(p.grad is grad for p, grad in zip(params, grads, strict=True))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
+def test_copies_keep_the_options(name, copied):
+    optimizer = copied(OURS[name](parameters(), fused_amp=True, max_grad_norm=2.0))
+    assert optimizer.max_grad_norm == 2.0 and optimizer._step_supports_amp_scaling
+    assert "max_grad_norm" not in optimizer.state_dict()["param_groups"][0]
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+def test_wrong_norms(name, value):
+    with pytest.raises(ValueError, match="Invalid max_grad_norm value"):
+        OURS[name](parameters(), max_grad_norm=value)
+
+
+def test_differentiable_is_refused(name):
+    with pytest.raises(RuntimeError, match="`fused_amp` does not support `differentiable`"):
+        OURS[name](parameters(), fused_amp=True, differentiable=True)
+
+
+def test_no_option_no_protocol(name):
+    assert not hasattr(OURS[name](parameters()), "_step_supports_amp_scaling")

@@ -1,0 +1,71 @@
+"""Turns torch's optimizers into ours where they stand."""
+
+from __future__ import annotations
+
+import weakref
+from functools import wraps
+from typing import Any
+
+import torch
+
+from tritonopt.rmsprop import RMSprop
+from tritonopt.rprop import Rprop
+
+OURS: dict[type, type[RMSprop] | type[Rprop]] = {
+    torch.optim.RMSprop: RMSprop,
+    torch.optim.Rprop: Rprop,
+}
+
+
+def from_torch(optimizer: torch.optim.Optimizer) -> RMSprop | Rprop:
+    """Turns a `torch.optim.RMSprop` or `Rprop` into ours, in the middle of a training or before.
+
+    The object stays the same one, so that schedulers, loops and whoever else holds it need not
+    know; param groups, state and hooks are kept.
+
+    Args:
+        optimizer: of exactly one of these two classes. One of ours is returned as it is.
+
+    Returns:
+        `optimizer`, now a `tritonopt.RMSprop` or `tritonopt.Rprop`.
+
+    Raises:
+        TypeError: it is of another class (a subclass may do something else), or its `step` was
+            replaced by something else than a scheduler's wrapper.
+
+    Example:
+        >>> model = torch.nn.Linear(10, 1)
+        >>> optimizer = torch.optim.RMSprop(model.parameters(), lr=0.01)
+        >>> optimizer = tritonopt.from_torch(optimizer)
+    """
+    if isinstance(optimizer, (RMSprop, Rprop)):
+        return optimizer
+    ours = OURS.get(type(optimizer))
+    if ours is None:
+        raise TypeError(
+            f"from_torch takes torch.optim.RMSprop or torch.optim.Rprop, not {type(optimizer)!r}"
+        )
+    wrapped = vars(optimizer).get("step")
+    if wrapped is not None and not hasattr(wrapped, "_wrapped_by_lr_sched"):
+        raise TypeError("the optimizer's step was replaced: call from_torch before that")
+    optimizer.__class__ = ours
+    assert isinstance(optimizer, (RMSprop, Rprop))
+    if wrapped is not None:
+        optimizer.step = _noticed_by_schedulers(optimizer)  # type: ignore[method-assign]
+    optimizer._adopt()
+    return optimizer
+
+
+def _noticed_by_schedulers(optimizer: RMSprop | Rprop) -> Any:
+    """The class's `step`, wrapped as a scheduler wraps it: it warns when it runs before a step."""
+    reference = weakref.ref(optimizer)
+    function = type(optimizer).step
+
+    @wraps(function)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        alive: Any = reference()
+        alive._opt_called = True
+        return function(alive, *args, **kwargs)
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    return step

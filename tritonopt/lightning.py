@@ -1,0 +1,34 @@
+"""Lightning: a callback that puts our optimizers in the place of torch's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tritonopt.convert import OURS, from_torch
+
+try:
+    from lightning.pytorch.callbacks import Callback
+except ModuleNotFoundError:
+    from pytorch_lightning.callbacks import Callback
+
+
+class FusedOptimizers(Callback):
+    """Turns every `torch.optim.RMSprop` and `Rprop` of a trainer into ours when a fit starts.
+
+    Neither the module nor its `configure_optimizers` changes; param groups, state, schedulers and
+    the format of checkpoints stay. Other optimizers are left alone, those that a strategy has
+    wrapped in its own class, too.
+
+    Example:
+        >>> trainer = lightning.Trainer(callbacks=[tritonopt.lightning.FusedOptimizers()])
+    """
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        # Assigned, so that the strategy's wrappers, which imitate the optimizers' classes, follow.
+        trainer.strategy.optimizers = [_fused(o) for o in trainer.strategy.optimizers]
+
+
+def _fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return from_torch(optimizer) if type(optimizer) in OURS else optimizer

@@ -1,0 +1,76 @@
+"""What gradients are multiplied by inside the step: a loss scale undone, a global norm clipped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from tritonopt.shard import is_sharded
+
+
+class Scaling(NamedTuple):
+    """Tensors with one element, so that nothing waits for the device; None: not asked for."""
+
+    factor: Tensor | None = None
+    skip: Tensor | None = None  # not 0: nothing is updated
+
+
+NONE = Scaling()
+
+
+def scaling(
+    norm: Tensor | None, max_norm: float | None, grad_scale: Tensor | None, skip: Tensor | None
+) -> tuple[Scaling, Tensor | None]:
+    """The factor of gradients of this norm, which were scaled by `grad_scale`; their own norm."""
+    factor = None
+    if grad_scale is not None:  # as torch.amp.GradScaler rounds it
+        factor = grad_scale.double().reciprocal().float()
+    if norm is not None and max_norm is not None:
+        norm = norm if factor is None else norm * factor.to(norm.device)
+        clip = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as clip_grad_norm_
+        factor = clip if factor is None else clip * factor.to(norm.device)
+    return Scaling(factor, skip), norm
+
+
+def total_norm(work: Sequence[tuple[Any, Sequence[Any]]], device: torch.device) -> Tensor:
+    """The 2-norm of all gradients. Where kernels run, each bucket's is one launch."""
+    rest: list[Tensor] = []
+    squares: list[Tensor] = []
+    for layout, gradients in work:
+        rest += [p.grad for p, _ in layout.fallback if p.grad is not None]
+        for bucket, grads in zip(layout.buckets, gradients, strict=True):
+            if grads is None:
+                continue
+            if hasattr(bucket.update, "square_sum") and not bucket.sharded:
+                squares.append(bucket.update.square_sum(grads).to(device))
+            else:
+                rest += [p.grad for p in bucket.owners if p.grad is not None]
+    if not squares:
+        return _total_norm(rest) if rest else torch.zeros((), device=device)
+    if rest:
+        squares.append(_total_norm(rest).to(device) ** 2)
+    return torch.stack(squares).sum().sqrt()
+
+
+def _total_norm(grads: list[Tensor]) -> Tensor:
+    norm = get_total_norm(grads)
+    return norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[attr-defined]
+
+
+@contextmanager
+def scaled(params: Sequence[Tensor], factor: Tensor | None) -> Iterator[None]:
+    """For torch's own implementation: scaled gradients stand in for those of `params`."""
+    grads = [param.grad for param in params]
+    try:
+        if factor is not None:
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = None if grad is None else grad * factor.to(grad.device)
+        yield
+    finally:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad

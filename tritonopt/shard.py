@@ -1,0 +1,36 @@
+"""DTensors: what lies on this rank takes part in the same update as any other tensor."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor. Its module, which takes a second to import, is not imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Any) -> Any:
+    """A DTensor's part on this rank, possibly empty; anything else as it is."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
+def same_shards(left: Tensor, right: Any) -> bool:
+    """Whether equal elements lie on the same rank: of two DTensors or of two plain tensors."""
+    if not is_sharded(left) and not is_sharded(right):
+        return True
+    return (
+        is_sharded(left)
+        and is_sharded(right)
+        and left.device_mesh == right.device_mesh  # type: ignore[attr-defined]
+        and left.placements == right.placements  # type: ignore[attr-defined]
+        and not any(placement.is_partial() for placement in left.placements)  # type: ignore[attr-defined]
+    )
