@@ -53,3 +53,12 @@ def test_the_two_commands():
         'pip install ".[demo]" && python -m tritonopt',
         'pip install -e ".[test]" && pytest',
     ]
+
+
+@pytest.mark.parametrize("number", range(1, len(BLOCKS)))
+def test_every_block(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for library in ("lightning", "transformers"):
+        if f"import {library}" in BLOCKS[number] or f"from {library}" in BLOCKS[number]:
+            pytest.importorskip(library)
+    exec(BLOCKS[number], {"__name__": "readme"})
