@@ -422,3 +422,38 @@ def test_options_of_torch_compile(monkeypatch):
     theirs.step()
     assert seen == [{"dynamic": True, "backend": "aot_eager", "fullgraph": True}]
     assert_close(ours, theirs, rtol=1e-6)
+
+
+VARIANTS = [
+    ("RMSprop", {"eps_in_sqrt": True}),
+    ("RMSprop", {"momentum": 0.9, "lr_in_momentum": True, "nesterov": True}),
+    ("RMSprop", {"initial_scale": 1.0, "bias_correction": True}),
+    ("RMSprop", {"decoupled_weight_decay": True, "weight_decay": 0.1}),
+    ("Rprop", {"variant": "rprop-"}),
+    ("Rprop", {"variant": "rprop+"}),
+    ("Rprop", {"variant": "irprop+"}),
+]
+
+
+@pytest.mark.parametrize("entrance", ["torch.compile", "opt.compile"])
+@pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=str)
+def test_variants(name, kwargs, entrance):
+    ours, theirs = optimizers(name, parameters(), **kwargs)
+    if entrance == "opt.compile":
+        ours.compile(backend="aot_eager")
+        step = ours.step
+    else:
+        step = torch.compile(ours.step, backend="aot_eager", fullgraph=True)
+    for number in range(5):
+        give_gradients(ours, theirs, missing={1} if number == 2 else ())
+        if kwargs.get("variant") == "irprop+":
+            if entrance == "torch.compile":
+                with pytest.raises(Exception, match="compares losses on the host"):
+                    step(lambda: torch.tensor(1.0))
+                return
+            step(lambda loss=number % 3: float(loss))
+            theirs.step(lambda loss=number % 3: float(loss))
+        else:
+            step()
+            theirs.step()
+        assert_close(ours, theirs, rtol=1e-5)
