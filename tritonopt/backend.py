@@ -85,7 +85,8 @@ def _inductor(
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {**(list_mode_options(mode) if mode else {}), **(options or {})}
+    given = {name.replace("-", "_"): value for name, value in (options or {}).items()}
+    patches = {**(list_mode_options(mode) if mode else {}), **given}
     return compile_fx(module, inputs, config_patches=patches)  # type: ignore[return-value,arg-type]
 
 

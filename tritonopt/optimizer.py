@@ -64,7 +64,7 @@ class SlabOptimizer(torch.optim.Optimizer):
     def _traced_update(
         self, group: dict[str, Any], native: Any, rest: Any, has_complex: bool
     ) -> None:
-        """One step of the group in a traced graph: an op for the native lists, torch for the rest."""
+        """One step of the group in a graph: an op for the native lists, torch for the rest."""
         raise NotImplementedError
 
     def _why_torch(self, group: dict[str, Any]) -> str | None:

@@ -151,8 +151,11 @@ class Trace:
         """Which memory the node's tensor lies in: what is written there, all its tensors see."""
         if node not in self._memories:
             tensor = self.tensor(node)
-            plain = tensor is not None and tensor.layout is torch.strided
-            self._memories[node] = tensor.untyped_storage()._cdata if plain else None  # type: ignore[union-attr]
+            try:
+                storage = None if tensor is None else tensor.untyped_storage()
+            except (NotImplementedError, RuntimeError):  # sparse tensors, some subclasses
+                storage = None
+            self._memories[node] = None if storage is None else storage._cdata
         return self._memories[node]
 
     def accesses(self, node: Node) -> set[int]:
