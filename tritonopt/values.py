@@ -211,7 +211,7 @@ class Trace:
     def _is_whole(self, node: Node) -> bool:
         tensor, holder = self.tensor(node), self.tensor(self.holders[self.memory(node)])  # type: ignore[index]
         assert tensor is not None and holder is not None
-        return (
+        return bool(
             tensor.dtype == holder.dtype
             and tensor.size() == holder.size()
             and tensor.stride() == holder.stride()
