@@ -23,6 +23,7 @@ from tritonopt.device import is_capturing
 from tritonopt.kernels.norm import square_sum_kernel
 from tritonopt.kernels.rmsprop import rmsprop_kernel
 from tritonopt.kernels.rprop import rprop_kernel
+from tritonopt.slab import all_given
 
 BLOCK, THREADS = 1024, 128
 """8 elements a thread: one 128-bit access per tensor in half precision, two in fp32. 48 to 80
@@ -79,7 +80,7 @@ class Launch:
         if grad_dtype is None or not len(self.programs):
             return
         with _on(self.device):
-            table = self._table(tuple([0 if g is None else g.data_ptr() for g in grads]))
+            table = self._table(grads)
             self.rule(self, table, grad_dtype, **hyper)
 
     def square_sum(self, grads: Sequence[Tensor | None]) -> Tensor:
@@ -89,7 +90,7 @@ class Launch:
         sums = torch.empty(len(self.programs), dtype=dtype, device=self.device)
         if len(self.programs):
             with _on(self.device):
-                table = self._table(tuple([0 if g is None else g.data_ptr() for g in grads]))
+                table = self._table(grads)
                 square_sum_kernel[(len(self.programs),)](
                     table, self.programs, sums,
                     len(self.addresses) + 2, _TYPES[grad_dtype], _TYPES[dtype], BLOCK,
@@ -102,14 +103,18 @@ class Launch:
         while len(self._spare) < count:
             self._spare.append(_buffers(size, self.device))
 
-    def _table(self, grads: tuple[int, ...]) -> Tensor:
+    def _table(self, grads: Sequence[Tensor | None]) -> Tensor:
         capturing = is_capturing(self.device)
-        key = (_stream(self.device), *grads)
+        if all_given(grads):
+            at = list(map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
+        else:
+            at = [0 if grad is None else grad.data_ptr() for grad in grads]
+        key = (_stream(self.device), *at)
         if key in self._tables and not capturing:
             self._tables.move_to_end(key)
             return self._tables[key][1]
         param, *states = self.addresses
-        rows = array("q", chain.from_iterable(zip(self.numels, param, grads, *states, strict=True)))
+        rows = array("q", chain.from_iterable(zip(self.numels, param, at, *states, strict=True)))
         if capturing:
             if not self._spare:
                 raise RuntimeError(
