@@ -113,21 +113,20 @@ def rprop_(
     variant: str = "irprop-",
     loss_rose: bool = False,
 ) -> None:
-    # No comparison, where or masked_fill: on a CPU each costs 5 to 50 times a multiply, while
-    # threshold (x if x > bound else value) and the backward of threshold and hardtanh (grad if
-    # x > bound, or low < x < high, else 0) cost one.
+    # No comparison, where or masked_fill: on a CPU each costs 5 to 50 times a multiply. The product
+    # times infinity is an infinity, or NaN if it was 0 (or NaN, which counts as 0): nan_to_num
+    # makes each of the three its factor. The backward of threshold and of hardtanh passes
+    # a gradient on where x > bound, or low < x < high, and 0 elsewhere.
     if maximize:
         grad = torch.neg(grad, out=scratch.first)
-    agreement = torch.mul(grad, prev, out=scratch.second).sign_()
+    factor = torch.mul(grad, prev, out=scratch.second).mul_(float("inf"))
+    torch.nan_to_num_(factor, 1.0, etaplus, etaminus)
     if variant == "rprop+" or (variant == "irprop+" and loss_rose):
-        hardtanh_backward.grad_input(prev, agreement, -1.5, -0.5, grad_input=prev)
+        hardtanh_backward.grad_input(prev, factor, 0.0, 1.0, grad_input=prev)
         param.addcmul_(prev.sign_(), step_size)  # on a change of sign: the last update, taken back
     if variant == "rprop-":
         prev.copy_(grad)
     else:
-        threshold_backward.grad_input(grad, agreement, -0.5, grad_input=prev)
-    factor = agreement.mul_(etaplus)  # etaplus, 0 or -etaplus, for etaplus, 1 and etaminus
-    torch.threshold_(factor, -0.5, etaminus)
-    torch.threshold_(factor, 0.0, 1.0)
+        threshold_backward.grad_input(grad, factor, etaminus, grad_input=prev)
     step_size.mul_(factor).clamp_(step_size_min, step_size_max)
     param.addcmul_(torch.sign(prev, out=factor), step_size, value=-1)
