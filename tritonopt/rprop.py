@@ -171,6 +171,7 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         if isinstance(loss, Tensor) and is_capturing(loss.device):
             raise RuntimeError("variant='irprop+' compares losses on the host: no graph can do it")
         self._loss = float(loss.detach() if isinstance(loss, Tensor) else loss)
+
     def _traced_update(
         self, group: dict[str, Any], native: Any, rest: Any, has_complex: bool
     ) -> None:

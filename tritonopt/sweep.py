@@ -75,7 +75,10 @@ class Sweep:
     def _cut(self, index: int) -> list[list[Tensor | None]]:
         """The pieces of a tensor and its state, in the order of `columns`."""
         count = -(-self.columns[0][index].numel() // self.piece)  # type: ignore[index]
-        cut = [[None] * count if c is None else _split(c[index], self.piece) for c in self.columns]
+        cut = [
+            [None] * count if c is None else _split(c[index].detach(), self.piece)
+            for c in self.columns
+        ]
         return list(map(list, zip(*cut, strict=True)))
 
     def _piece(self, total: int) -> int:
