@@ -34,7 +34,7 @@ class CompiledSweep(Sweep):
         self.kwargs = kwargs
         self._graph: Callable[..., None] | None = None
 
-    def _piece(self, total: int) -> int:
+    def _piece(self, params: Sequence[Tensor]) -> int:
         return 2**62  # a fused loop needs no pieces that stay in cache
 
     def _update(self, flats: Sequence[Tensor | None], grad: Tensor, hyper: dict[str, Any]) -> None:

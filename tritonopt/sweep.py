@@ -22,9 +22,12 @@ PIECE = 2**19
 GATHERED = 2**16
 """Elements up to which a gradient is gathered. Beyond, its copy costs what operators on it do."""
 
-SERIAL, AWAKE = 2**15 - 1, 2**17
-"""Elements up to which torch runs an operator, `cat` included, on the calling thread; up to which a
-whole step is cut to such pieces. To wake the other threads costs 0.13 ms."""
+SERIAL = 2**15 - 1
+"""Elements up to which torch runs an operator, `cat` included, on the calling thread."""
+
+MANY, LITTLE = 200, 2**17
+"""So many tensors keep the host busy until the other threads have fallen asleep; so few elements
+are updated in the 0.13 ms that it takes to wake them."""
 
 
 class Sweep:
@@ -40,7 +43,7 @@ class Sweep:
         columns: Sequence[Sequence[Tensor] | None],
     ) -> None:
         self.rule = rule
-        self.piece = self._piece(sum(p.numel() for p in params))
+        self.piece = self._piece(params)
         self.columns = [params, *columns]
         self.dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
         limit = min(self.piece, PIECE)
@@ -81,9 +84,10 @@ class Sweep:
         ]
         return list(map(list, zip(*cut, strict=True)))
 
-    def _piece(self, total: int) -> int:
-        """Elements of a piece, where all tensors together have `total`."""
-        return min(SERIAL, PIECE) if total <= AWAKE else PIECE
+    def _piece(self, params: Sequence[Tensor]) -> int:
+        """Elements of a piece."""
+        asleep = len(params) >= MANY and sum(p.numel() for p in params) <= LITTLE
+        return min(SERIAL, PIECE) if asleep else PIECE
 
     def __call__(
         self, grads: Sequence[Tensor | None], factor: Tensor | None = None, **hyper: Any
