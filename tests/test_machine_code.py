@@ -18,9 +18,8 @@ from machine_code import DTYPES, KERNELS, TARGETS, machine_code
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel(name, dtype, target):
-    kernel, constants, tensors = KERNELS[name]
-    code = machine_code(kernel, constants, dtype, target)
-    assert code.problems(dtype, tensors) == []
+    code = machine_code(KERNELS[name], dtype, target)
+    assert code.problems(dtype, KERNELS[name]) == []
     assert code.registers <= 168  # three blocks of four warps on a multiprocessor of 65536
 
 
