@@ -73,7 +73,7 @@ def test_launches_bind_their_arguments():
     """Through the JIT's own binder, with a driver that has a target and no device."""
     done = subprocess.run([sys.executable, "-c", LAUNCH], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # fp64 scalars, tables, pointers to a tensor lr, to factor and skip, to sums; one compilation for
-    # all float values of lr
+    # fp64 scalars, tables, pointers (to a tensor lr, to factor and skip, to sums); one compilation
+    # for all float values of lr
     assert done.stdout.split("\n")[:6] == ["6 2 0", "6 2 0", "6 2 1", "5 2 0", "5 2 2", "0 2 1"]
     assert done.stdout.split("\n")[6] == "2"
