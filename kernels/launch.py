@@ -10,7 +10,7 @@ import contextlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import chain
 from typing import Any
 
@@ -29,6 +29,9 @@ BLOCK, THREADS = 1024, 128
 """8 elements a thread: one 128-bit access per tensor in half precision, two in fp32. 48 to 80
 registers in fp32 on sm_90 and 142 at most in fp64: none spills."""
 
+NORM_BLOCK = 4096
+"""Elements of which one program adds up the squares: 32 a thread."""
+
 RECENT_TABLES = 8
 """The caching allocator repeats itself with a short period. 48 bytes per tensor each."""
 
@@ -38,8 +41,52 @@ _TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
-_captured: list[tuple[Tensor, Tensor]] = []  # tables that captured graphs read; never written again
+_captured: list[tuple[Tensor, ...]] = []  # what captured graphs read; never written again
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+class Tables:
+    """Tables of addresses on a device: one is uploaded where an address has changed."""
+
+    def __init__(
+        self, numels: Sequence[int], columns: int, device: torch.device, block: int
+    ) -> None:
+        self.numels = numels
+        self.device = device
+        self.programs = _programs(numels, block, device)
+        self.size = len(numels) * (columns + 1)
+        self._recent: OrderedDict[tuple[int, ...], tuple[Tensor, Tensor]] = OrderedDict()
+        self._spare: list[tuple[Tensor, Tensor]] = []
+
+    def find(self, grads: tuple[int, ...], before: Any = (), after: Any = ()) -> Tensor:
+        """A table of which each row is numel and addresses; only those of gradients may change."""
+        capturing = is_capturing(self.device)
+        key = (_stream(self.device), *grads)
+        if key in self._recent and not capturing:
+            self._recent.move_to_end(key)
+            return self._recent[key][1]
+        columns = zip(self.numels, *before, grads, *after, strict=True)
+        rows = array("q", chain.from_iterable(columns))
+        if capturing:
+            if not self._spare:
+                raise RuntimeError(
+                    "a graph capture needs a step outside of it first, and can hold two steps "
+                    "after each such step: the tables of addresses are pinned there"
+                )
+            host, table = self._spare.pop()
+            _captured.append((host, table, self.programs))
+        else:
+            host, table = _buffers(len(rows), self.device)
+            self._recent[key] = (host, table)
+            if len(self._recent) > RECENT_TABLES:
+                self._recent.popitem(last=False)
+        host.copy_(torch.frombuffer(rows, dtype=torch.int64))
+        return table if table is host else table.copy_(host, non_blocking=True)
+
+    def reserve(self, count: int = 2) -> None:
+        """Memory for tables that a graph capture may ask for: none can be pinned during one."""
+        while len(self._spare) < count:
+            self._spare.append(_buffers(self.size, self.device))
 
 
 class Launch:
@@ -56,11 +103,10 @@ class Launch:
         self.numels = [p.numel() for p in params]
         self.addresses = [_addresses(params)]
         self.addresses += [[0] * len(params) if c is None else _addresses(c) for c in columns]
-        self.programs = _programs(self.numels, self.device)
+        self.tables = Tables(self.numels, len(self.addresses) + 1, self.device, BLOCK)
+        self.programs = self.tables.programs
         self.dtypes = (params[0].dtype, next(c[0].dtype for c in columns if c is not None))
         self.unused = tuple(column is None for column in columns)
-        self._tables: OrderedDict[tuple[int, ...], tuple[Tensor, Tensor]] = OrderedDict()
-        self._spare: list[tuple[Tensor, Tensor]] = []
         self.factor: Tensor | None = None
         self.skip: Tensor | None = None
 
@@ -80,56 +126,46 @@ class Launch:
         if grad_dtype is None or not len(self.programs):
             return
         with _on(self.device):
-            table = self._table(grads)
-            self.rule(self, table, grad_dtype, **hyper)
+            self.rule(self, self._table(_pointers(grads)), grad_dtype, **hyper)
 
-    def square_sum(self, grads: Sequence[Tensor | None]) -> Tensor:
-        """The sum of the squares of all gradients, in their compute type."""
-        grad_dtype = next((g.dtype for g in grads if g is not None), torch.float32)
-        dtype = torch.float64 if self.dtypes[0] == torch.float64 else torch.float32
-        sums = torch.empty(len(self.programs), dtype=dtype, device=self.device)
-        if len(self.programs):
+    def _table(self, grads: tuple[int, ...]) -> Tensor:
+        param, *states = self.addresses
+        return self.tables.find(grads, (param,), states)
+
+    def reserve(self) -> None:
+        """What a graph capture of later steps will need, and could not allocate itself."""
+        self.tables.reserve()
+
+
+class SquareSum:
+    """The sum of the squares of scattered gradients of one device and dtype."""
+
+    def __init__(self, numels: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
+        self.tables = Tables(numels, 1, device, NORM_BLOCK)
+
+    def __call__(self, grads: Sequence[Tensor | None]) -> Tensor:
+        """In fp32; in fp64 for fp64. The same gradients give the same bits."""
+        programs = self.tables.programs
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        sums = torch.empty(len(programs), dtype=dtype, device=self.device)
+        if len(programs):
             with _on(self.device):
-                table = self._table(grads)
-                square_sum_kernel[(len(self.programs),)](
-                    table, self.programs, sums,
-                    len(self.addresses) + 2, _TYPES[grad_dtype], _TYPES[dtype], BLOCK,
+                square_sum_kernel[(len(programs),)](
+                    self.tables.find(_pointers(grads)), programs, sums,
+                    _TYPES[self.dtype], _TYPES[dtype], NORM_BLOCK,
+                    **_compiled(self.device),
                 )  # fmt: skip
+                if not is_capturing(self.device):
+                    self.tables.reserve()
         return sums.sum()
 
-    def reserve(self, count: int = 2) -> None:
-        """Memory for tables that a graph capture may ask for: none can be pinned during one."""
-        size = len(self.numels) * (len(self.addresses) + 2)
-        while len(self._spare) < count:
-            self._spare.append(_buffers(size, self.device))
 
-    def _table(self, grads: Sequence[Tensor | None]) -> Tensor:
-        capturing = is_capturing(self.device)
-        if all_given(grads):
-            at = list(map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
-        else:
-            at = [0 if grad is None else grad.data_ptr() for grad in grads]
-        key = (_stream(self.device), *at)
-        if key in self._tables and not capturing:
-            self._tables.move_to_end(key)
-            return self._tables[key][1]
-        param, *states = self.addresses
-        rows = array("q", chain.from_iterable(zip(self.numels, param, at, *states, strict=True)))
-        if capturing:
-            if not self._spare:
-                raise RuntimeError(
-                    "a graph capture needs a step outside of it first, and can hold two steps "
-                    "after each such step: the tables of addresses are pinned there"
-                )
-            host, table = self._spare.pop()
-            _captured.append((host, table))
-        else:
-            host, table = _buffers(len(rows), self.device)
-            self._tables[key] = (host, table)
-            if len(self._tables) > RECENT_TABLES:
-                self._tables.popitem(last=False)
-        host.copy_(torch.frombuffer(rows, dtype=torch.int64))
-        return table if table is host else table.copy_(host, non_blocking=True)
+@lru_cache(maxsize=16)
+def square_sum(numels: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> SquareSum:
+    """Found again at each step by what it is made from: nothing in it belongs to one optimizer."""
+    return SquareSum(numels, dtype, device)
 
 
 def rmsprop_(
@@ -197,8 +233,12 @@ def _types(launch: Launch, grad_dtype: torch.dtype) -> dict[str, Any]:
         "STATE": _TYPES[state],
         "COMPUTE": tl.float64 if param == torch.float64 else tl.float32,
         "BLOCK": BLOCK,
-        **({} if INTERPRETED else options(_warp_size(launch.device))),
+        **_compiled(launch.device),
     }
+
+
+def _compiled(device: torch.device) -> dict[str, Any]:
+    return {} if INTERPRETED else options(_warp_size(device))
 
 
 def options(warp_size: int) -> dict[str, Any]:
@@ -230,9 +270,15 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return [t.data_ptr() for t in tensors]
 
 
-def _programs(numels: Sequence[int], device: torch.device) -> Tensor:
+def _pointers(grads: Sequence[Tensor | None]) -> tuple[int, ...]:
+    if all_given(grads):
+        return tuple(map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
+    return tuple([0 if g is None else g.data_ptr() for g in grads])
+
+
+def _programs(numels: Sequence[int], size: int, device: torch.device) -> Tensor:
     """For every program of the grid: index of its tensor << 32 | index of its block."""
-    blocks = (torch.tensor(numels, device="cpu") + BLOCK - 1) // BLOCK
+    blocks = (torch.tensor(numels, device="cpu") + size - 1) // size
     first = torch.cumsum(blocks, 0) - blocks
     tensor = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), blocks)
     block = torch.arange(len(tensor), device="cpu") - first[tensor]

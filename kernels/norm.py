@@ -7,14 +7,15 @@ import triton.language as tl
 @triton.jit
 def square_sum_kernel(
     table_ptr, programs_ptr, sums_ptr,
-    COLUMNS: tl.constexpr, GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+    GRAD: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    # A row of the table: numel, then the gradient's address, 0 where there is none.
     # Each program stores its own sum: atomics would add in another order at every step.
     program = tl.load(programs_ptr + tl.program_id(0))
-    row_ptr = table_ptr + (program >> 32) * COLUMNS
+    row_ptr = table_ptr + (program >> 32) * 2
     start = (program & 0xFFFFFFFF) * BLOCK
     offs = tl.arange(0, BLOCK)
-    left, grad = tl.load(row_ptr) - start, tl.load(row_ptr + 2)
+    left, grad = tl.load(row_ptr) - start, tl.load(row_ptr + 1)
 
     total = tl.zeros((), COMPUTE)
     if (grad != 0) & (grad % 16 == 0) & (left >= BLOCK):

@@ -61,7 +61,7 @@ def rmsprop_rule(
             scale = scale * momentum
         param = fma(tl.cast(scale, dtype), momentum_buffer, param)
     else:
-        param = param + div_rn(tl.cast(-rate, dtype) * grad, avg)
+        param = param - div_rn(tl.cast(rate, dtype) * grad, avg)
     return param, square_avg, grad_avg, momentum_buffer
 
 

@@ -22,7 +22,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tritonopt.kernels.launch import BLOCK, THREADS, options
+from tritonopt.kernels.launch import BLOCK, NORM_BLOCK, THREADS, options
+from tritonopt.kernels.norm import square_sum_kernel
 from tritonopt.kernels.rmsprop import rmsprop_kernel
 from tritonopt.kernels.rprop import rprop_kernel
 
@@ -35,24 +36,37 @@ TARGETS = {
 }
 DTYPES = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32, "fp64": tl.float64}
 BITS = {"fp16": 16, "bf16": 16, "fp32": 32, "fp64": 64}
-UNSCALED: dict[str, Any] = {"factor_ptr": None, "skip_ptr": None}
+OPTIONAL = {"factor_ptr": "*fp32", "skip_ptr": "*fp32", "lr_ptr": "*fp32", "gain_ptr": "*fp64"}
+"""Arguments that may be absent. On the device: what gradients are multiplied by, whether the step
+is skipped, the learning rate, and the gains of bias correction."""
 _TORCH = ("MAXIMIZE", "DECAY", "CENTERED", "MOMENTUM")
 _MORE = ("EPS_IN_SQRT", "LR_IN_MOMENTUM", "NESTEROV", "DECOUPLED", "BIAS_CORRECTION")
 
 
-def _rmsprop(*on: str) -> tuple[Any, dict[str, Any], int]:
-    """The kernel, its constants, and the tensors that it reads: parameter, gradient, states."""
-    constants = {**UNSCALED, "lr_ptr": None, "gain_ptr": None}
-    constants.update(dict.fromkeys((*_TORCH, *_MORE), False))
-    constants.update(dict.fromkeys(on, True))
-    return rmsprop_kernel, constants, 3 + ("CENTERED" in on) + ("MOMENTUM" in on)
+class Kernel(NamedTuple):
+    """A kernel with constants; how many tensors it reads and writes, in blocks of which size."""
+
+    function: Any
+    constants: dict[str, Any]
+    reads: int
+    writes: int
+    block: int = BLOCK
 
 
-def _rprop(variant: str, maximize: bool = False) -> tuple[Any, dict[str, Any], int]:
-    return rprop_kernel, {**UNSCALED, "MAXIMIZE": maximize, "VARIANT": variant}, 4
+def _rmsprop(*on: str) -> Kernel:
+    constants = {name: None for name in OPTIONAL if name not in on}
+    constants.update({name: name in on for name in (*_TORCH, *_MORE)})
+    states = 1 + ("CENTERED" in on) + ("MOMENTUM" in on)
+    return Kernel(rmsprop_kernel, constants, 2 + states, 1 + states)
 
 
-KERNELS: dict[str, tuple[Any, dict[str, Any], int]] = {
+def _rprop(variant: str, *on: str) -> Kernel:
+    constants = {name: None for name in ("factor_ptr", "skip_ptr") if name not in on}
+    constants.update({"MAXIMIZE": "MAXIMIZE" in on, "VARIANT": variant})
+    return Kernel(rprop_kernel, constants, 4, 3)
+
+
+KERNELS: dict[str, Kernel] = {
     "rmsprop": _rmsprop(),
     "rmsprop, momentum": _rmsprop("MOMENTUM"),
     "rmsprop, centered": _rmsprop("CENTERED"),
@@ -62,12 +76,16 @@ KERNELS: dict[str, tuple[Any, dict[str, Any], int]] = {
     "rmsprop, decoupled": _rmsprop("DECAY", "DECOUPLED"),
     "rmsprop, lr in momentum": _rmsprop("MOMENTUM", "LR_IN_MOMENTUM"),
     "rmsprop, nesterov": _rmsprop("MOMENTUM", "NESTEROV"),
-    "rmsprop, all": _rmsprop(*_TORCH, *_MORE),
+    "rmsprop, scaled": _rmsprop("factor_ptr", "skip_ptr"),
+    "rmsprop, all": _rmsprop(*_TORCH, *_MORE, *OPTIONAL),
     "rprop": _rprop("irprop-"),
-    "rprop, maximize": _rprop("irprop-", maximize=True),
+    "rprop, maximize": _rprop("irprop-", "MAXIMIZE"),
     "rprop-": _rprop("rprop-"),
     "rprop+": _rprop("rprop+"),
     "irprop+": _rprop("irprop+"),
+    "rprop, scaled": _rprop("irprop-", "factor_ptr", "skip_ptr"),
+    "irprop+, scaled": _rprop("irprop+", "factor_ptr", "skip_ptr"),
+    "norm": Kernel(square_sum_kernel, {}, 1, 0, NORM_BLOCK),
 }
 
 
@@ -80,33 +98,37 @@ class MachineCode(NamedTuple):
     stores: Counter[int]
     instructions: int
 
-    def problems(self, dtype: str, tensors: int) -> list[str]:
+    def problems(self, dtype: str, kernel: Kernel) -> list[str]:
         """Spills, and vector accesses that the aligned path should have and has not."""
-        vectors = -(-BLOCK * BITS[dtype] // (128 * THREADS))  # per thread and tensor
+        vectors = -(-kernel.block * BITS[dtype] // (128 * THREADS))  # per thread and tensor
         found = [f"spills {self.stack} bytes"] if self.stack else []
-        if self.loads[128] < vectors * tensors:
-            found.append(f"{self.loads[128]} of {vectors * tensors} loads of 128 bits")
-        if self.stores[128] < vectors * (tensors - 1):
-            found.append(f"{self.stores[128]} of {vectors * (tensors - 1)} stores of 128 bits")
+        if self.loads[128] < vectors * kernel.reads:
+            found.append(f"{self.loads[128]} of {vectors * kernel.reads} loads of 128 bits")
+        if self.stores[128] < vectors * kernel.writes:
+            found.append(f"{self.stores[128]} of {vectors * kernel.writes} stores of 128 bits")
         return found
 
 
-def compile_kernel(kernel: Any, constants: dict[str, Any], dtype: str, target: GPUTarget) -> Any:
-    names = ("PARAM", "GRAD", "STATE")
-    compute = tl.float64 if dtype == "fp64" else tl.float32
-    constants = {**constants, **dict.fromkeys(names, DTYPES[dtype]), "COMPUTE": compute}
-    constants["BLOCK"] = BLOCK
+def compile_kernel(kernel: Kernel, dtype: str, target: GPUTarget) -> Any:
+    names = kernel.function.arg_names
+    types = dict.fromkeys(("PARAM", "GRAD", "STATE"), DTYPES[dtype])
+    types["COMPUTE"] = tl.float64 if dtype == "fp64" else tl.float32
+    constants = {name: value for name, value in types.items() if name in names}
+    constants.update(kernel.constants, BLOCK=kernel.block)
+    pointers = {**OPTIONAL, "sums_ptr": "*fp64" if dtype == "fp64" else "*fp32"}
     signature = {
-        name: "constexpr" if name in constants else "*i64" if name.endswith("_ptr") else "fp64"
-        for name in kernel.arg_names
+        name: "constexpr"
+        if name in constants
+        else pointers.get(name, "*i64" if name.endswith("_ptr") else "fp64")
+        for name in names
     }
     aligned: Any = {(index,): [["tt.divisibility", 16]] for index in range(2)}
-    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    source = ASTSource(kernel.function, signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=target, options=options(target.warp_size))
 
 
-def machine_code(kernel: Any, constants: dict[str, Any], dtype: str, target: str) -> MachineCode:
-    compiled = compile_kernel(kernel, constants, dtype, TARGETS[target])
+def machine_code(kernel: Kernel, dtype: str, target: str) -> MachineCode:
+    compiled = compile_kernel(kernel, dtype, TARGETS[target])
     if TARGETS[target].backend == "hip":
         return _amd(compiled.asm["amdgcn"])
     return _nvidia(compiled.asm["cubin"])
@@ -148,14 +170,14 @@ def _amd(text: str) -> MachineCode:
 
 def main() -> int:
     failed = 0
-    row = "{:20} {:5} {:7} {:>4} {:>6} {:>6}  {}"
+    row = "{:24} {:5} {:7} {:>4} {:>6} {:>6}  {}"
     head = ("kernel", "dtype", "target", "regs", "stack", "instr", "loads, stores by bits")
     print(row.format(*head))
-    for name, (kernel, constants, tensors) in KERNELS.items():
+    for name, kernel in KERNELS.items():
         for dtype in DTYPES:
             for target in TARGETS:
-                code = machine_code(kernel, constants, dtype, target)
-                problems = code.problems(dtype, tensors)
+                code = machine_code(kernel, dtype, target)
+                problems = code.problems(dtype, kernel)
                 failed += bool(problems)
                 widths = f"{dict(code.loads)}, {dict(code.stores)} {'; '.join(problems)}"
                 print(row.format(name, dtype, target, code.registers, code.stack,

@@ -7,7 +7,7 @@ import warnings
 
 import lightning
 import torch
-from cases import OURS, TORCH
+from cases import OURS, TORCH, ulps
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -114,6 +114,40 @@ class Early(Module):
 
     def configure_optimizers(self):
         return self.early
+
+
+class Judged(Module):
+    """Beside each step of ours: torch's on the same values, in fp32 and in its own precision."""
+
+    def on_before_optimizer_step(self, optimizer):
+        if not isinstance(optimizer, tuple(OURS.values())):
+            return
+        self.old = [p.detach().clone() for p in self.net.parameters()]
+        self.exact = self.judge(optimizer, torch.float32)
+        self.own = self.judge(optimizer, self.dtype)
+
+    def judge(self, optimizer, dtype):
+        copies = [nn.Parameter(p.detach().to(dtype, copy=True)) for p in self.net.parameters()]
+        theirs = TORCH[type(optimizer).__name__](copies, foreach=False, **self.kwargs)
+        for param, copy in zip(self.net.parameters(), copies, strict=True):
+            copy.grad = param.grad.to(dtype, copy=True)
+            theirs.state[copy] = {
+                key: value.to(value.dtype if key == "step" else dtype, copy=True)
+                for key, value in optimizer.state[param].items()
+            }
+        theirs.step()
+        return [{"param": copy.detach(), **theirs.state[copy]} for copy in copies]
+
+    def on_train_batch_end(self, *_):
+        optimizer = self.trainer.optimizers[0]
+        if not isinstance(optimizer, tuple(OURS.values())):
+            return
+        rows = zip(self.net.parameters(), self.old, self.exact, self.own, strict=True)
+        for param, old, exact, own in rows:
+            for key, value in {"param": param.detach(), **optimizer.state[param]}.items():
+                assert torch.equal(value, exact[key].to(value.dtype)), key
+                scale = torch.maximum(old.abs(), (value - old).abs()) if key == "param" else value
+                assert ulps(value, own[key], scale) <= 1, key
 
 
 def outcome(trainer, module):

@@ -100,7 +100,7 @@ def test_a_table_is_uploaded_only_when_an_address_changed(device, monkeypatch):
         assert len(uploads) == count
     for _ in range(3 * launch.RECENT_TABLES):
         update([torch.ones_like(grad) for grad in grads], **RPROP)
-    assert len(update._tables) <= launch.RECENT_TABLES
+    assert len(update.tables._recent) <= launch.RECENT_TABLES
 
 
 def test_more_than_2_to_the_31_elements():

@@ -18,9 +18,8 @@ from machine_code import DTYPES, KERNELS, TARGETS, machine_code
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel(name, dtype, target):
-    kernel, constants, tensors = KERNELS[name]
-    code = machine_code(kernel, constants, dtype, target)
-    assert code.problems(dtype, tensors) == []
+    code = machine_code(KERNELS[name], dtype, target)
+    assert code.problems(dtype, KERNELS[name]) == []
     assert code.registers <= 168  # three blocks of four warps on a multiprocessor of 65536
 
 
@@ -52,12 +51,17 @@ class Recorder:
 
 launch.rmsprop_kernel = Recorder(launch.rmsprop_kernel)
 launch.rprop_kernel = Recorder(launch.rprop_kernel)
+launch.square_sum_kernel = Recorder(launch.square_sum_kernel)
 params, grads, *columns = ([torch.zeros(3000), torch.zeros(5)] for _ in range(5))
 update = launch.Launch(launch.rmsprop_, params, columns)
 for lr in (0.01, 1, torch.tensor(0.01)):
     update(grads, lr=lr, alpha=0.9, eps=0, weight_decay=1, momentum=0.5, maximize=False)
 update = launch.Launch(launch.rprop_, params, columns[:2])
 update(grads, etaminus=0.5, etaplus=1.2, step_size_min=1e-6, step_size_max=50, maximize=True)
+one = torch.ones(())
+update(grads, one, one, etaminus=0.5, etaplus=1.2, step_size_min=0, step_size_max=1, maximize=False)
+launch.SquareSum([3000, 5], torch.float32, torch.device("cpu"))(grads)
+assert compiled[-1].metadata.num_warps == 4 and not compiled[-1].metadata.enable_fp_fusion
 for kernel in compiled:
     signature = next(line for line in kernel.asm["ttir"].splitlines() if "tt.func" in line)
     print(*map(signature.count, (": f64", "!tt.ptr<i64>", "!tt.ptr<f32>")))
@@ -69,6 +73,7 @@ def test_launches_bind_their_arguments():
     """Through the JIT's own binder, with a driver that has a target and no device."""
     done = subprocess.run([sys.executable, "-c", LAUNCH], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # fp64 scalars, tables, pointers to a tensor lr; one compilation for all float values of lr
-    assert done.stdout.split("\n")[:4] == ["6 2 0", "6 2 0", "6 2 1", "5 2 0"]
-    assert done.stdout.split("\n")[4] == "2"
+    # fp64 scalars, tables, pointers (to a tensor lr, to factor and skip, to sums); one compilation
+    # for all float values of lr
+    assert done.stdout.split("\n")[:6] == ["6 2 0", "6 2 0", "6 2 1", "5 2 0", "5 2 2", "0 2 1"]
+    assert done.stdout.split("\n")[6] == "2"

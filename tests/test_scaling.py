@@ -71,6 +71,60 @@ def test_amp(name, max_grad_norm, device):
     assert {float(ours.state[p]["step"]) for p in params} == {4.0}
 
 
+OPTIONS = [
+    ("RMSprop", {"momentum": 0.9, "centered": True}),
+    ("RMSprop", {"bias_correction": True}),
+    ("RMSprop", {"bias_correction": True, "centered": True, "initial_scale": 0.5}),
+    ("RMSprop", {"initial_scale": 1.0, "eps_in_sqrt": True}),
+    ("Rprop", {}),
+    ("Rprop", {"variant": "rprop+"}),
+    ("Rprop", {"variant": "irprop+"}),
+    ("Rprop", {"lr": torch.tensor(0.5)}),
+]
+
+
+@pytest.mark.parametrize("constant", [False, True], ids=["warm-up", "constant lr"])
+@pytest.mark.parametrize("name, options", OPTIONS, ids=str)
+def test_skipped_steps_leave_no_trace(name, options, constant, device):
+    """As GradScaler without the fused protocol, which does not call `step` at all.
+
+    The first two steps are skipped, while the learning rate changes: Rprop's step sizes start from
+    that of the third, or, where a gradient comes late, of the fourth.
+    """
+    params = parameters([(5,), (1024,), (33,)], device=device)
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    both = [
+        OURS[name](some, **options, fused_amp=fused)
+        for some, fused in ((params, True), (copies, False))
+    ]
+    scalers = [torch.amp.GradScaler(device.type, init_scale=1024.0) for _ in both]
+    losses = iter([3.0, 2.0, 5.0, 4.0, 6.0, 1.0, 2.0, 0.5])
+    for step in range(8):
+        for scaler in scalers:
+            scaler.scale(torch.zeros((), device=device))
+        give_gradients(params, copies, missing={2} if step < 3 else {})
+        if step in (0, 1, 4):
+            params[0].grad[0] = copies[0].grad[0] = torch.inf
+        loss = next(losses)
+        for scaler, optimizer in zip(scalers, both, strict=True):
+            for group in optimizer.param_groups:
+                rate = 0.1 if constant else 0.1 * (step + 1)
+                group["lr"] = torch.tensor(rate) if "lr" in options else rate
+            scaler.step(optimizer, lambda loss=loss: loss)
+            scaler.update()
+        for param, twin in zip(params, copies, strict=True):
+            assert torch.equal(param, twin), step
+            for key, value in both[1].state[twin].items():
+                # before the first step, a step size is whatever a skipped one made it
+                if key != "step_size" or both[1].state[twin]["step"] > 0:
+                    assert torch.equal(both[0].state[param][key].to(value), value), (step, key)
+        groups = [
+            {k: v for k, v in o.param_groups[0].items() if k not in ("params", "lr")} for o in both
+        ]
+        assert groups[0] == groups[1]
+    assert [float(both[0].state[p]["step"]) for p in params] == [5.0, 5.0, 4.0]
+
+
 def test_infinite_gradients_without_waiting(name, device):
     """What a kernel sees of a skipped step: nothing changes, no step is counted."""
     ours, params, _, copies = pair(name, device, fused_amp=True)

@@ -11,7 +11,7 @@ from tritonopt.convert import OURS, from_torch
 try:
     from lightning.pytorch.callbacks import Callback
 except ModuleNotFoundError:
-    from pytorch_lightning.callbacks import Callback
+    from pytorch_lightning.callbacks import Callback  # type: ignore[assignment, no-redef]
 
 
 class FusedOptimizers(Callback):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tritonopt import slab, traced
 from tritonopt.describe import table
-from tritonopt.device import is_capturing
+from tritonopt.device import is_capturing, path
 from tritonopt.layout import Layout, Rule, Stale, is_plain, same_layout, why_not_native
 from tritonopt.scaling import NONE, Scaling, scaled, scaling, total_norm
 from tritonopt.shard import is_sharded, local
@@ -107,6 +107,10 @@ class SlabOptimizer(torch.optim.Optimizer):
 
     def _see_loss(self, loss: Any) -> None:
         """Called once per step, before anything is updated, with what the closure returned."""
+
+    def _waits(self) -> bool:
+        """Whether the host must know, before anything is updated, that a step is not skipped."""
+        return False
 
     def _check_traced(self, group: dict[str, Any]) -> None:
         """Raises where a traced graph could not do what the group asks of it."""
@@ -240,19 +244,11 @@ class SlabOptimizer(torch.optim.Optimizer):
         grad_scale, skip = amp.get("grad_scale"), amp.get("found_inf")
         if grad_scale is None and skip is None and self.max_grad_norm is None:
             return NONE
-        on_device = all(
-            not layout.fallback and all(hasattr(b.update, "square_sum") for b in layout.buckets)
-            for layout, _ in work
-        )
-        if skip is not None and not on_device:
-            if skip.item():
-                return None
-            skip = None
-        norm = None
         with torch.no_grad():
-            if self.max_grad_norm is not None:
-                norm = total_norm(work, self.param_groups[0]["params"][0].device)
+            norm = None if self.max_grad_norm is None else total_norm(work)
             found, self.grad_norm = scaling(norm, self.max_grad_norm, grad_scale, skip)
+        if skip is not None and (self._waits() or not all(map(_in_kernels, work))):
+            return None if skip.item() else found._replace(skip=None)
         return found
 
     def _update(
@@ -452,6 +448,12 @@ class SlabOptimizer(torch.optim.Optimizer):
                 layout = self._look(index)
             layouts.append(layout)
         return table(layouts)
+
+
+def _in_kernels(work: tuple[Layout, Any]) -> bool:
+    """Whether kernels alone update the layout's parameters."""
+    layout, _ = work
+    return not layout.fallback and all(path(b.device)[0] == "kernel" for b in layout.buckets)
 
 
 def _has_fused_amp(optimizer: torch.optim.Optimizer) -> bool:

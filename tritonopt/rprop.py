@@ -163,8 +163,11 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
                 "call optimizer.compile() and step eagerly"
             )
 
+    def _waits(self) -> bool:
+        return any(self._option(group, "variant") == "irprop+" for group in self.param_groups)
+
     def _see_loss(self, loss: Any) -> None:
-        if all(self._option(group, "variant") != "irprop+" for group in self.param_groups):
+        if not self._waits():
             return
         if loss is None:
             raise ValueError("variant='irprop+' needs the loss: step(closure) must return it")
@@ -187,15 +190,17 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
 
     def _look(self, index: int) -> Layout:
         layout = super()._look(index)
-        layout.unused_step_sizes = [  # type: ignore[attr-defined]
-            (param, local(entry["step_size"]), float(local(entry["step_size"]).flatten()[0]))
-            for param, entry in zip(layout.params, layout.states, strict=True)
-            if entry
-            and "step_size" in entry
-            and not param.is_complex()
-            and local(param).numel()
-            and _is_unused(entry)
-        ]
+        layout.first = _First(  # type: ignore[attr-defined]
+            [
+                (param, local(entry["step_size"]), float(local(entry["step_size"]).flatten()[0]))
+                for param, entry in zip(layout.params, layout.states, strict=True)
+                if entry
+                and "step_size" in entry
+                and not param.is_complex()
+                and local(param).numel()
+                and _is_unused(entry)
+            ]
+        )
         return layout
 
     @torch.no_grad()
@@ -204,17 +209,48 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
             last, sign = group.get("last_loss"), -1 if group["maximize"] else 1
             self._loss_rose = last is not None and sign * self._loss > sign * last
             group["last_loss"] = self._loss
-        waiting = []
-        for param, step_size, value in layout.unused_step_sizes:  # type: ignore[attr-defined]
+        first = layout.first  # type: ignore[attr-defined]
+        unused = first.unused + first.skipped(group["lr"], self.state)
+        first.unused = []
+        for param, step_size, value in unused:
             if param.grad is None:
-                waiting.append((param, step_size, value))
-            elif _rounded(float(group["lr"]), step_size.dtype) != value:
+                first.unused.append((param, step_size, value))
+                continue
+            lr = _rounded(float(group["lr"]), step_size.dtype)
+            if lr != value:
                 if is_capturing(param.device):
                     raise RuntimeError(
                         "lr changed before the first step: take one step before a graph captures it"
                     )
-                step_size.fill_(float(group["lr"]))
-        layout.unused_step_sizes = waiting  # type: ignore[attr-defined]
+                step_size.fill_(lr)
+            if vars(self).get("found_inf") is not None:  # else the host has seen to it
+                first.perhaps.append((param, step_size, lr))
+                first.lr = group["lr"]
+
+
+class _First:
+    """Step sizes that start from the lr of the first step: each with its parameter and its value.
+
+    Of `perhaps`, the first step was taken, with `lr`, or skipped because a gradient was infinite:
+    the device knows.
+    """
+
+    def __init__(self, unused: list[tuple[Tensor, Tensor, float]]) -> None:
+        self.unused = unused
+        self.perhaps: list[tuple[Tensor, Tensor, float]] = []
+        self.lr: Any = None
+
+    def skipped(self, lr: Any, state: Any) -> list[tuple[Tensor, Tensor, float]]:
+        """Those whose step was skipped, as far as it matters.
+
+        It does not while a float lr is the same, nor in a graph, which takes them as they are.
+        Otherwise the host waits for the answer, and once it is no, never again.
+        """
+        same = not isinstance(lr, Tensor) and lr == self.lr
+        if not self.perhaps or same or is_capturing(self.perhaps[0][0].device):
+            return []
+        asked, self.perhaps = self.perhaps, []
+        return [entry for entry in asked if float(state[entry[0]]["step"]) == 0]
 
 
 def _torch_hyper(group: dict[str, Any]) -> dict[str, Any]:

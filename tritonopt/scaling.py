@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from tritonopt.device import path
 from tritonopt.shard import is_sharded
 
 
@@ -37,24 +38,41 @@ def scaling(
     return Scaling(factor, skip), norm
 
 
-def total_norm(work: Sequence[tuple[Any, Sequence[Any]]], device: torch.device) -> Tensor:
-    """The 2-norm of all gradients. Where kernels run, each bucket's is one launch."""
+def total_norm(work: Sequence[tuple[Any, Sequence[Any]]]) -> Tensor:
+    """The 2-norm of all gradients.
+
+    Kernels: one launch for all param groups of one device and dtype, then scalars. Elsewhere, and
+    for shards, whose norm is that of all ranks, as torch computes it.
+    """
     rest: list[Tensor] = []
-    squares: list[Tensor] = []
+    scattered: dict[Any, Any] = {}  # by dtype and device: sizes, gradients
     for layout, gradients in work:
         rest += [p.grad for p, _ in layout.fallback if p.grad is not None]
         for bucket, grads in zip(layout.buckets, gradients, strict=True):
             if grads is None:
                 continue
-            if hasattr(bucket.update, "square_sum") and not bucket.sharded:
-                squares.append(bucket.update.square_sum(grads).to(device))
-            else:
+            if bucket.sharded or path(bucket.device)[0] != "kernel":
                 rest += [p.grad for p in bucket.owners if p.grad is not None]
+                continue
+            numels, tensors = scattered.setdefault((bucket.grad_dtype, bucket.device), ([], []))
+            numels += bucket.update.numels
+            tensors += grads
+    squares = [_square_sum(*kind, *both) for kind, both in scattered.items()]
     if not squares:
-        return _total_norm(rest) if rest else torch.zeros((), device=device)
+        return _total_norm(rest) if rest else torch.zeros(())
     if rest:
-        squares.append(_total_norm(rest).to(device) ** 2)
-    return torch.stack(squares).sum().sqrt()
+        squares.append(_total_norm(rest) ** 2)
+    if len(squares) == 1:
+        return squares[0].sqrt()
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
+
+
+def _square_sum(
+    dtype: torch.dtype, device: torch.device, numels: list[int], grads: list[Tensor | None]
+) -> Tensor:
+    from tritonopt.kernels import launch
+
+    return launch.square_sum(tuple(numels), dtype, device)(grads)
 
 
 def _total_norm(grads: list[Tensor]) -> Tensor:
