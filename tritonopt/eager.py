@@ -17,7 +17,7 @@ threshold_backward = torch.ops.aten.threshold_backward
 
 
 class Scratch(NamedTuple):
-    """Memory for intermediate results; None where a compiler fuses the operators."""
+    """Memory for intermediate results; None: operators allocate it, or a compiler fuses them."""
 
     first: Tensor | None = None
     second: Tensor | None = None
