@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from operator import is_
 from typing import Any
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonopt import slab, traced
+from tritonopt import packing, traced
 from tritonopt.describe import table
 from tritonopt.device import is_capturing, path
-from tritonopt.layout import Layout, Rule, Stale, is_plain, same_layout, why_not_native
+from tritonopt.layout import Layout, Rule, Stale, why_not_native
 from tritonopt.scaling import NONE, Scaling, scaled, scaling, total_norm
 from tritonopt.shard import is_sharded, local
 from tritonopt.sweep import Sweep
@@ -353,7 +353,7 @@ class SlabOptimizer(torch.optim.Optimizer):
         group = self.param_groups[index]
         params = list(dict.fromkeys(p for p in group["params"] if p.requires_grad))
         if not self._why_torch(group):
-            _pack(params)
+            packing.pack(params)
         self._make_state(group, params)
         self._look(index)
 
@@ -363,23 +363,11 @@ class SlabOptimizer(torch.optim.Optimizer):
         if group["differentiable"]:
             return
         new = [p for p in params if why_not_native(p) is None and self._is_unmade(p, rule.keys)]
+        if not new:
+            return
         on_device = group["capturable"] or _has_fused_amp(self)
-        scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-        for param in filter(is_sharded, new):
-            home = param.device if on_device else torch.device("cpu")
-            self.state[param] = {"step": torch.zeros((), dtype=scalar, device=home)}
-            for key in rule.keys:  # as its parameter: sharded checkpoints need that
-                self.state[param][key] = torch.full_like(param, self._initial(key, group))
-        for batch in _by_slab([p for p in new if not is_sharded(p)]):
-            device, dtype = batch[0].device, batch[0].dtype
-            home = device if on_device else torch.device("cpu")
-            steps, _ = slab.allocate([_SCALAR] * len(batch), scalar, home, alignment=1)
-            columns = {"step": steps}
-            for key in rule.keys:
-                columns[key], memory = slab.allocate(batch, dtype, device)
-                memory.memory.fill_(self._initial(key, group))
-            for number, param in enumerate(batch):
-                self.state[param] = {key: column[number] for key, column in columns.items()}
+        starts = {key: self._initial(key, group) for key in rule.keys}
+        packing.make_state(self.state, new, starts, on_device)
 
     def _is_unmade(self, param: Tensor, keys: Sequence[str]) -> bool:
         """Whether a parameter has no state, or one as new that does not fit it any more.
@@ -398,34 +386,23 @@ class SlabOptimizer(torch.optim.Optimizer):
         )
         return not fits and self._is_as_new(entry)
 
-    @torch.no_grad()
     def _pack_moved(self, group: dict[str, Any], layout: Layout) -> bool:
         """Packs what left the slabs; no parameter of an accelerator: graphs may know its place.
 
         Returns whether anything was packed.
         """
-        keys = {"step", *self._rule(group).keys}
+        keys = ("step", *self._rule(group).keys)
         native = [
             p
             for p in layout.params
-            if self.state.get(p, {}).keys() >= keys and why_not_native(p) is None
+            if self.state.get(p, {}).keys() >= {*keys} and why_not_native(p) is None
         ]
         if self._why_torch(group) or any(is_capturing(p.device) for p in native[:1]):
             return False
-        packed = _pack([p for p in native if p.device.type == "cpu"])
+        packed = packing.pack([p for p in native if p.device.type == "cpu"])
         if any(p.device.type != "cpu" for p in native) and group["capturable"]:
             return packed
-        for key in ("step", *self._rule(group).keys):
-            moved = [p for p in native if _has_moved(self.state[p][key], p, key)]
-            for batch in _by_slab(moved, {p: self.state[p][key] for p in moved}):
-                old = [self.state[p][key] for p in batch]
-                like, alignment = (old, 1) if key == "step" else (batch, slab.ALIGNMENT)
-                new, _ = slab.allocate(like, old[0].dtype, old[0].device, alignment)
-                torch._foreach_copy_(new, old)
-                packed = True
-                for param, tensor in zip(batch, new, strict=True):
-                    self.state[param][key] = tensor
-        return packed
+        return packing.pack_state(self.state, native, keys) or packed
 
     def describe(self) -> str:
         """A table of what updates which parameters, and why any of them is not packed.
@@ -458,50 +435,3 @@ def _in_kernels(work: tuple[Layout, Any]) -> bool:
 
 def _has_fused_amp(optimizer: torch.optim.Optimizer) -> bool:
     return getattr(optimizer, "_step_supports_amp_scaling", False)
-
-
-_SCALAR = torch.empty((), device="meta")
-
-
-def _by_slab(
-    params: Iterable[Tensor], states: dict[Tensor, Tensor] | None = None
-) -> Iterator[Sequence[Tensor]]:
-    """Parameters in batches of which each, or its state, fits a slab of one device and dtype."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for param in params:
-        tensor = states[param] if states else param
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(param)
-    for (_, dtype), members in kinds.items():
-        yield from slab.batches(members, dtype)
-
-
-@torch.no_grad()
-def _pack(params: Iterable[Tensor]) -> bool:
-    """Moves the parameters that may be moved into slabs; whether there were any."""
-    movable = [
-        p
-        for p in params
-        if why_not_native(p) is None and slab.why_not_packed(p) is None and slab.find(p) is None
-    ]
-    packed = False
-    for batch in _by_slab(movable):
-        try:
-            pieces, _ = slab.allocate(batch, batch[0].dtype, batch[0].device)
-        except torch.OutOfMemoryError:
-            break
-        torch._foreach_copy_(pieces, list(batch))
-        for param, piece in zip(batch, pieces, strict=True):
-            param.data = piece
-        packed = True
-    return packed
-
-
-def _has_moved(tensor: Tensor, param: Tensor, key: str) -> bool:
-    """Whether a state tensor does not lie in a slab, in its parameter's layout, and could."""
-    if not is_plain(tensor) or tensor.numel() == 0:
-        return False
-    if slab.find(tensor) is not None and (key == "step" or same_layout(tensor, param)):
-        return False
-    if tensor.is_cpu and tensor.is_shared():
-        return False
-    return key == "step" or (tensor.device == param.device and tensor.size() == param.size())
