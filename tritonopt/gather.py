@@ -17,9 +17,17 @@ from tritonopt.sweep import Sweep, _flat
 SMALL = 2**12
 """Elements. At 2^14 the copies cost as much as the operators (2 cores)."""
 
+ROW, ROWS, PITCH = 96, 20, 128
+"""Elements of a row, rows of a block, elements from one row of the scratch to the next.
+
+torch takes roots with MKL, which hands 128 elements and more to OpenMP threads, as torch itself
+does with 2048. That is a wait for a processor: microseconds where one is idle, a time slice of 6 ms
+where none is. Roots of rows that are not neighbours are taken row by row, by the calling thread.
+"""
+
 
 class Gather:
-    """The update of small `params` and their state, as `Sweep`'s."""
+    """The update of small `params` and their state, as `Sweep`'s; all of them have gradients."""
 
     def __init__(
         self,
@@ -27,23 +35,58 @@ class Gather:
         params: Sequence[Tensor],
         columns: Sequence[Sequence[Tensor] | None],
     ) -> None:
-        used = [params, *(column for column in columns if column is not None)]
-        self.originals = [[_flat(tensor) for tensor in column] for column in used]
+        self.rule = rule
+        self.used = [column is not None for column in columns]
+        self.originals = [
+            [_flat(tensor) for tensor in column]
+            for column in (params, *columns)
+            if column is not None
+        ]
         sizes = [p.numel() for p in params]
-        self.copies = [torch.empty(sum(sizes), dtype=column[0].dtype) for column in used]
+        dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
+        kind: dict[str, Any] = {"dtype": dtype, "device": "cpu"}  # whatever the default device
+        memory = torch.zeros(len(self.originals) + 1, -(-sum(sizes) // ROW), ROW, **kind)
+        self.copies = list(memory.flatten(1)[:, : sum(sizes)])  # the gradients' comes last
         self.pieces = [copy.split(sizes) for copy in self.copies]
-        rest = iter(self.copies[1:])
-        self.sweep = Sweep(
-            rule, self.copies[:1], [None if c is None else [next(rest)] for c in columns]
-        )
+        self._scratch = torch.empty(2, max(ROWS * PITCH, *sizes), **kind)
+        scratch = self._scratch[:, : ROWS * PITCH].view(2, ROWS, PITCH)[:, :, :ROW]
+        self._blocks = [
+            self._arguments(block, scratch[:, : block.shape[1]])
+            for block in memory.split(ROWS, dim=1)
+        ]
+
+    def _arguments(self, columns: Sequence[Tensor] | Tensor, scratch: Tensor) -> list[Any]:
+        param, *states, grad = columns
+        rest = iter(states)
+        return [param, grad, *(next(rest) if used else None for used in self.used), tuple(scratch)]
 
     def __call__(self, grads: Sequence[Tensor], **hyper: Any) -> None:
-        for originals, copy in zip(self.originals, self.copies, strict=True):
-            torch.cat(originals, out=copy)
         flat = [grad if grad.dim() == 1 else _flat(grad) for grad in grads]
-        self.sweep([torch.cat(flat)], **hyper)
-        for originals, pieces in zip(self.originals, self.pieces, strict=True):
+        for originals, copy in zip([*self.originals, flat], self.copies, strict=True):
+            torch.cat(originals, out=copy)
+        if isinstance(hyper.get("step"), Tensor):  # each has a number of its own
+            for *columns, step in zip(*self.pieces, hyper["step"].tolist(), strict=True):
+                scratch = self._scratch[:, : columns[0].numel()]
+                self.rule(*self._arguments(columns, scratch), **{**hyper, "step": step})
+        else:
+            for block in self._blocks:
+                self.rule(*block, **hyper)
+        for originals, pieces in zip(self.originals, self.pieces, strict=False):
             torch._foreach_copy_(originals, pieces)
+
+
+class Counter:
+    """Adds 1 to many scalars that lie apart, in a third of the time of `torch._foreach_add_`."""
+
+    def __init__(self, steps: Sequence[Tensor]) -> None:
+        self.originals = [step.view(1) for step in steps]
+        self.copy = torch.empty(len(steps), dtype=steps[0].dtype, device=steps[0].device)
+        self.pieces = self.copy.split(1)
+
+    def __call__(self) -> None:
+        torch.cat(self.originals, out=self.copy)
+        self.copy += 1
+        torch._foreach_copy_(self.originals, self.pieces)
 
 
 def small(sweep: Sweep, params: Sequence[Tensor]) -> list[int]:
