@@ -64,9 +64,25 @@ def _graph(
     options = tuple(sorted((name, repr(value)) for name, value in kwargs.items()))
     key = (rule, tuple(dtypes), constants, options)
     if key not in _graphs:
+        if kwargs.get("backend", "inductor") == "inductor":
+            _trust_processor()
         function = FunctionType(update.__code__.replace(), globals(), update.__name__)
         _graphs[key] = torch.compile(function, **{"dynamic": True, **kwargs})
     return _graphs[key]
+
+
+def _trust_processor() -> None:
+    """Spares Inductor what torch knows: that it can use the processor's AVX instructions.
+
+    Inductor would compile a program against torch's headers for each set of them: without its
+    cache on disk that is 4 of the 10 s to the first step. Extensions of the sets it still tries.
+    """
+    from torch._inductor import config, cpu_vec_isa
+
+    known = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    if known and config.cpp.vec_isa_ok is None:
+        with config.patch({"cpp.vec_isa_ok": True}):
+            cpu_vec_isa.valid_vec_isa_list()  # remembered for the process
 
 
 def update(

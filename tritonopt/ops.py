@@ -33,7 +33,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from tritonopt import eager, slab
 from tritonopt.device import is_capturing, path
-from tritonopt.gather import Gather, small
+from tritonopt.gather import Counter, Gather, small
 from tritonopt.layout import (
     Guards,
     common_count,
@@ -70,7 +70,6 @@ SCHEMAS = {  # Scalar and not float: a float of a schema is a constant to the co
 RECENT_PLANS = 4
 """For one first parameter: which others have gradients may alternate between a few patterns."""
 
-_ONE = torch.tensor(1.0)
 _library = torch.library.Library("tritonopt", "DEF")
 _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by the first parameter
 
@@ -180,10 +179,12 @@ class Plan:
             self.updates += self._native(some)
         spans, alone = slab.spans([steps], len(steps), 1, 1) if steps else ([], [])
         self.steps = [flat for span in spans for flat in span.flats if flat is not None]
-        lone = [steps[index].detach() for index in alone]
-        homes = {(t.device, t.dtype) for t in lone}
         self.counts = [t.detach() for t in steps]
-        self.lone_steps = [[t for t in lone if (t.device, t.dtype) == home] for home in homes]
+        lone = [self.counts[index] for index in alone]
+        homes = {(t.device, t.dtype) for t in lone}
+        self.lone_steps = [
+            Counter([t for t in lone if (t.device, t.dtype) == home]) for home in homes
+        ]
 
     def _is_in_order(self, index: int) -> bool:
         """Whether equal offsets are equal elements in the parameter and its state."""
@@ -235,8 +236,8 @@ class Plan:
     def __call__(self, grads: Sequence[Tensor], hyper: dict[str, Any], counts: bool) -> None:
         for flat in self.steps:
             flat += 1
-        for steps in self.lone_steps:
-            torch._foreach_add_(steps, _ONE if steps[0].is_cpu else 1)  # a number is wrapped anew
+        for count in self.lone_steps:
+            count()
         if self.misfits:
             grads = list(grads)
             for index in self.misfits:
