@@ -64,8 +64,10 @@ def test_step(
         and item.callspec.params["optimizer"] == optimizer
     ]
     work = Workload(optimizer, tuple(WORKLOADS[workload]), option("device"))
-    seconds = 0.3 if option("quick") else 4.0
-    times, missing = measured(work, tuple(chosen), option("compiled_up_to"), seconds)
+    quick, up_to = option("quick"), option("compiled_up_to")
+    times, missing = measured(
+        work, tuple(chosen), 0 if quick and up_to is None else up_to, 0.3 if quick else 4.0
+    )
     if implementation in missing:
         pytest.skip(missing[implementation])
     benchmark.group = f"{optimizer}, {workload}"

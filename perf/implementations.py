@@ -68,12 +68,11 @@ class Implementation(NamedTuple):
     library: str
     start: Callable[[Any], Step]  # from the optimizer to what takes a step
     options: dict[str, Any] = {}
+    needs_gpu: bool = False
 
     def step(self, workload: Workload) -> Step:
-        if "capturable" in self.options and workload.device.type != "cuda":
-            raise Missing("CUDA graphs need a GPU")
-        if self.library.startswith("bitsandbytes") and workload.device.type == "cpu":
-            raise Missing("its RMSprop is not for the CPU")
+        if self.needs_gpu and workload.device.type != "cuda":
+            raise Missing("needs a GPU")
         return self.start(workload.build(self))
 
 
@@ -107,7 +106,6 @@ def _replayed(optimizer: Optimizer) -> Step:
     return lambda: (graph.replay(), optimizer)  # which owns the memory that the graph knows
 
 
-CAPTURABLE = {"capturable": True}
 IMPLEMENTATIONS = {
     "for-loop": Implementation("torch.optim", _eager, {"foreach": False}),
     "foreach": Implementation("torch.optim", _eager, {"foreach": True}),
@@ -115,9 +113,15 @@ IMPLEMENTATIONS = {
     "tritonopt": Implementation("tritonopt", _eager),
     "compile()": Implementation("tritonopt", _compile),
     "backend": Implementation("torch.optim", _backend),
-    "foreach, replayed": Implementation("torch.optim", _replayed, {**CAPTURABLE, "foreach": True}),
-    "tritonopt, replayed": Implementation("tritonopt", _replayed, CAPTURABLE),
-    "bitsandbytes": Implementation("bitsandbytes.optim", _eager, {"optim_bits": 32}),
+    "foreach, replayed": Implementation(
+        "torch.optim", _replayed, {"capturable": True, "foreach": True}, needs_gpu=True
+    ),
+    "tritonopt, replayed": Implementation(
+        "tritonopt", _replayed, {"capturable": True}, needs_gpu=True
+    ),
+    "bitsandbytes": Implementation(
+        "bitsandbytes.optim", _eager, {"optim_bits": 32}, needs_gpu=True
+    ),
 }
 TRACED = Implementation("tritonopt", _traced)
 

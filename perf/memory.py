@@ -85,7 +85,7 @@ def jobs(
     device: torch.device, quick: bool, workloads: dict[str, list[Shape]] = WORKLOADS
 ) -> run.Jobs:
     chosen = CHOSEN[1:2] if quick else CHOSEN
-    names = NAMES[:3] if quick else NAMES
+    names = NAMES[1:3] if quick else NAMES
     return {
         f"{configuration}, {label}, {name}": partial(
             records, label, Workload(configuration, workloads[label], device), name

@@ -69,7 +69,7 @@ def jobs(
     device: torch.device,
     quick: bool,
     workloads: dict[str, list[Shape]] = WORKLOADS,
-    seconds: float = 1.0,
+    seconds: float = 0.5,
 ) -> run.Jobs:
     tilings = [(1024, 128), (2048, 256)] if quick else TILINGS
     return {

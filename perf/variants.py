@@ -56,9 +56,10 @@ def records(variant: str, epochs: int) -> Iterator[dict[str, Any]]:
     yield {"variant": variant, "epochs": epochs, **found}
 
 
-def jobs(epochs: int = 100) -> run.Jobs:
+def jobs(quick: bool) -> run.Jobs:
+    epochs = 10 if quick else 100
     return {variant: partial(records, variant, epochs) for variant in VARIANTS}
 
 
 if __name__ == "__main__":
-    sys.exit(run.script("variants", lambda device, quick: jobs(10 if quick else 100)))
+    sys.exit(run.script("variants", lambda device, quick: jobs(quick)))
