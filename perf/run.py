@@ -57,18 +57,9 @@ def run(parts: dict[str, Part], results: dict[str, Any], out: Path | None = None
         except TimeIsUp:
             late = f"the {part.seconds:.0f} s of this part were over"
             found += [{"job": label, "missing": late} for label in left]
-        for record in found:
-            if "missing" in record:
-                what = record.get("job") or ", ".join(_identity(record))
-                print(f"{name}: not measured: {what}: {record['missing']}", flush=True)
         if out is not None:  # after every part, as a later one may fail
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(results, indent=1) + "\n")
-
-
-def _identity(record: dict[str, Any]) -> list[str]:
-    names = ("optimizer", "workload", "implementation", "tensors")
-    return [str(record[name]) for name in names if name in record]
 
 
 @contextmanager
@@ -161,8 +152,8 @@ def accelerator() -> torch.device | None:
 
 
 def script(part: str, jobs: Callable[[torch.device, bool], Jobs]) -> int:
-    """The command of one part: prints its table."""
-    from perf.report import TABLES
+    """The command of one part, which prints its table."""
+    from perf.report import tables
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="under two minutes")
@@ -170,5 +161,5 @@ def script(part: str, jobs: Callable[[torch.device, bool], Jobs]) -> int:
     arguments = parser.parse_args()
     results = {"machine": machine(arguments.device), "quick": arguments.quick}
     run({part: Part(jobs(arguments.device, arguments.quick))}, results)
-    print(TABLES[part](results))
+    print(*tables(results), sep="\n\n")
     return 0
