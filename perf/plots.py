@@ -82,5 +82,6 @@ def draw(stem: str, results: Results, folder: Path) -> None:
             figure = Figure(figsize=(10, 4), layout="constrained")
             for axes, optimizer in zip(figure.subplots(1, 2), OPTIMIZERS, strict=True):
                 panel(axes, results, optimizer)
-            axes.legend(fontsize="small")
+            if axes.lines:
+                axes.legend(fontsize="small")
             figure.savefig(folder / f"{stem}-{name}.png", dpi=80)

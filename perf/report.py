@@ -3,7 +3,8 @@
     python -m perf.report [--check]
 
 A block of the README between `<!-- perf:cpu steps -->` and `<!-- /perf -->` is the table of one
-part. With --check nothing is written, and the exit code is 1 if the README says something else.
+part, or of all parts and plots. With --check nothing is written, and the exit code is 1 if the
+README says something else.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from perf import plots
 
 ROOT = Path(__file__).parent.parent
-CLOCKS = {"device": "steps", "hosts": "steps"}  # other times of the same runs
 BLOCK = re.compile(r"(<!-- perf:(\w+) (\w+) -->\n).*?(<!-- /perf -->)", re.S)
 OURS = ("tritonopt", "compile()", "tritonopt, replayed")  # whose part of the floor is shown
 Results = dict[str, Any]
@@ -37,13 +37,15 @@ def figure(value: float) -> str:
 
 def machine(results: Results) -> str:
     found = results["machine"]
-    speed = found["bandwidth_bytes_per_s"] / 1e9
-    kind = "device copy" if "cuda" in found else f"{found['threads']} threads, in-place triad"
-    versions = f"torch {found['torch']}, triton {found['triton']}"
-    quick = ", from a run with `--quick`" if results["quick"] else ""
-    driver = f", driver {found['driver_version']}" if "driver_version" in found else ""
-    device = f"{found['device']}, {kind} {speed:,.1f} GB/s{driver}"
-    return f"{device}; {versions}; {found['date']}{quick}."
+    texts = [found["device"]]
+    texts += [f"driver {found['driver_version']}"] if "driver_version" in found else []
+    if "bandwidth_bytes_per_s" in found:
+        kind = "device copy" if "cuda" in found else "in-place triad"
+        texts.append(f"{kind} {found['bandwidth_bytes_per_s'] / 1e9:,.1f} GB/s")
+    texts += [f"{found['threads']} threads", f"torch {found['torch']}"]
+    texts += [f"triton {found['triton']}", found["date"]]
+    texts += ["a run with `--quick`"] if results["quick"] else []
+    return ", ".join(texts) + "."
 
 
 def _names(records: list[dict[str, Any]]) -> list[str]:
@@ -55,9 +57,9 @@ def _is_measured(record: dict[str, Any]) -> bool:
     return "missing" not in record
 
 
-def steps(results: Results, part: str = "steps", clock: str = "wall_us") -> str:
+def steps(results: Results, clock: str = "wall_us") -> str:
     """Times in ms: medians, ours with their spread; how much faster, and how near to the floor."""
-    records = [r for r in results[part] if "job" not in r]
+    records = [r for r in results["steps"] if "job" not in r]
     tables = []
     for optimizer in dict.fromkeys(r["optimizer"] for r in records):
         some = [r for r in records if r["optimizer"] == optimizer]
@@ -79,7 +81,7 @@ def steps(results: Results, part: str = "steps", clock: str = "wall_us") -> str:
             floors = [_floor(by_name.get(name)) for name in ours]
             rows.append([workload, *cells, faster, *floors])
         tables.append(grid(head, rows))
-    return "\n\n".join([*tables, *_reasons(results[part])])
+    return "\n\n".join([*tables, *_reasons(results["steps"])])
 
 
 def _floor(record: dict[str, Any] | None) -> str:
@@ -176,39 +178,56 @@ def _taken(record: dict[str, Any]) -> float:
 TABLES: dict[str, Callable[[Results], str]] = {
     "machine": machine,
     "steps": steps,
-    "device": lambda results: steps(results, clock="device_us"),
-    "hosts": lambda results: steps(results, clock="host_us"),
-    "curve": lambda results: steps(results, "curve"),
-    "counts": lambda results: steps(results, "counts"),
+    "device_steps": lambda results: steps(results, "device_us"),
+    "host_steps": lambda results: steps(results, "host_us"),
     "memory": memory,
     "host": host,
     "compile": compile_time,
     "variants": variants,
     "tune": tune,
 }
+TITLES = {
+    "steps": "Milliseconds until the device has done a step",
+    "device_steps": "Milliseconds of the kernels alone",
+    "host_steps": "Milliseconds until `step()` returns",
+    "memory": "Bytes per element: of state, of what else is kept, and what a step needs besides",
+    "host": "What the host does, the launch left out",
+    "compile": "Seconds to the first step, and graphs in 50 steps",
+    "tune": "The fastest grids, beside the library's",
+}
 
 
-def block(files: Sequence[Path], part: str) -> str:
-    """What the README says of one part, of the results in the files."""
-    texts = []
-    for file in files:
-        results = json.loads(file.read_text())
-        if part == "plots":
-            names = plots.names(file.stem, results)
-            texts.append("\n".join(f"![{name}](perf/results/{name}.png)" for name in names))
-        elif CLOCKS.get(part, part) in results:
-            texts.append(TABLES[part](results))
-    return "\n\n".join(texts) or "Not measured yet."
+def tables(results: Results) -> Iterator[str]:
+    """All that there are figures for, with titles."""
+    clocks = {"device_steps", "host_steps"} if "cuda" in results["machine"] else set()
+    for name, table in TABLES.items():
+        if name in results or (name in clocks and "steps" in results):
+            if name in TITLES:
+                yield f"{TITLES[name]}:"
+            yield table(results)
+
+
+def block(file: Path, part: str) -> Iterator[str]:
+    """What the README says of one part of the results in a file."""
+    results = json.loads(file.read_text())
+    if part == "all":
+        yield from tables(results)
+    elif part in results:
+        yield TABLES[part](results)
+    if part in ("all", "plots"):
+        pictures = plots.names(file.stem, results)
+        yield "\n".join(f"![{name}](perf/results/{name}.png)" for name in pictures)
 
 
 def readme(text: str, folder: Path) -> str:
     """The README with all of its blocks made again."""
-    cpu, all_files = folder / "cpu.json", sorted(folder.glob("*.json"))
-    files = {"cpu": [cpu], "gpu": [file for file in all_files if file != cpu]}
+    cpu = folder / "cpu.json"
+    others = sorted(file for file in folder.glob("*.json") if file != cpu)
 
     def replace(match: re.Match[str]) -> str:
-        kind, part = match[2], match[3]
-        body = block(files[kind], part) if files[kind] else "Not measured on a GPU yet."
+        files = [cpu] if match[2] == "cpu" else others
+        texts = [text for file in files for text in block(file, match[3])]
+        body = "\n\n".join(texts) or "Not measured on a GPU yet."
         return f"{match[1]}\n{body}\n\n{match[4]}"
 
     return BLOCK.sub(replace, text)
