@@ -9,5 +9,5 @@ import torch
 from perf import plan
 
 if __name__ == "__main__":
-    options = plan.parser(__doc__).parse_args()
+    options = plan.parser(__doc__, gpu=False).parse_args()
     sys.exit(plan.main(torch.device("cpu"), gpu=False, options=options))

@@ -13,7 +13,7 @@ from perf import plan
 from perf.run import accelerator
 
 if __name__ == "__main__":
-    parser = plan.parser(__doc__)
+    parser = plan.parser(__doc__, gpu=True)
     parser.add_argument("--device", type=torch.device, default=accelerator(),
                         help="cpu tries out what this script does, without a GPU")  # fmt: skip
     options = parser.parse_args()

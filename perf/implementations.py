@@ -103,7 +103,10 @@ def _replayed(optimizer: Optimizer) -> Step:
     with torch.cuda.graph(graph):
         optimizer.step()
 
-    return lambda: (graph.replay(), optimizer)  # which owns the memory that the graph knows
+    def replay(owner: Optimizer = optimizer) -> None:  # of the memory that the graph knows
+        graph.replay()
+
+    return replay
 
 
 IMPLEMENTATIONS = {

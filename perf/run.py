@@ -153,7 +153,7 @@ def accelerator() -> torch.device | None:
 
 def script(part: str, jobs: Callable[[torch.device, bool], Jobs]) -> int:
     """The command of one part, which prints its table."""
-    from perf.report import tables
+    from perf.tables import tables
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="under two minutes")

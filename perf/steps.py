@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from perf.implementations import CONFIGURATIONS, Missing, Workload, start
+from perf.run import Jobs
 from perf.timing import Times, interleaved
 from perf.workloads import Shape
 
@@ -76,7 +77,7 @@ def jobs(
     device: torch.device,
     configurations: Sequence[str] = ("RMSprop", "Rprop"),
     **kwargs: Any,
-) -> dict[str, Callable[[], Iterator[Record]]]:
+) -> Jobs:
     """One per workload and optimizer."""
     return {
         f"{configuration}, {label}": partial(

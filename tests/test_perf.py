@@ -81,6 +81,29 @@ def test_turns():
     assert times["a"].device == []
 
 
+def test_device_time(monkeypatch):
+    """The device spins for longer than the host queues, so that no gap is in between."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            done.append("record")
+
+        def synchronize(self):
+            done.append("synchronize")
+
+        def elapsed_time(self, end):
+            return 0.25
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", done.append)
+    assert timing._device_time(lambda: done.append("step"), host_us=100) == 250
+    assert done == [200 * timing.CYCLES_PER_US, "record", "step", "record", "synchronize"]
+
+
 def test_medians_and_spread():
     summary = timing.Times(wall=[float(n) for n in range(101)]).summary()
     assert summary["wall_us"] == {"median": 50, "p10": 10, "p90": 90}
@@ -164,8 +187,8 @@ def test_without_a_gpu():
     assert done.returncode == 2 and "needs a GPU" in done.stdout
 
 
-def options(*arguments):
-    return plan.parser(None).parse_args([*arguments, "--implementations", ",".join(EAGER)])
+def options(gpu, *arguments):
+    return plan.parser(None, gpu).parse_args([*arguments, "--implementations", *EAGER])
 
 
 @eager
@@ -178,13 +201,13 @@ def test_everything_on_a_cpu(gpu, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune, "DTYPES", {"fp32": torch.float32})
     monkeypatch.setattr(plan, "bandwidth", lambda *_: 1e10)
     monkeypatch.setattr(variants, "SEEDS", range(2))
-    only = "steps,curve,counts,tune" if gpu else "steps,variants"
-    given = options("--quick", "--only", only, "--out", str(tmp_path))
+    only = ["steps", "curve", "counts", "tune"] if gpu else ["steps", "variants"]
+    given = options(gpu, "--quick", "--only", *only, "--out", str(tmp_path))
     assert plan.main(CPU, gpu, given) == 0
     (file,) = tmp_path.glob("*.json")
     results = json.loads(file.read_text())
     assert results["machine"]["torch"] == torch.__version__ and results["quick"]
-    assert set(only.split(",")) == results.keys() - {"machine", "quick"}
+    assert set(only) == results.keys() - {"machine", "quick"}
     found = {(r["optimizer"], r["implementation"]) for r in results["steps"]}
     assert found == {(o, i) for o in ("RMSprop", "Rprop") for i in EAGER}
     first = results["steps"][0]
