@@ -14,7 +14,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quick", action="store_true", help="few workloads and rounds")
     group.addoption("--device", type=torch.device, default=accelerator() or torch.device("cpu"))
     group.addoption("--compiled-up-to", type=int, metavar="PARAMETERS",
-                    help="leave out compiled stock optimizers of more than these")  # fmt: skip
+                    help="compile no stock optimizer of more than these")  # fmt: skip
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -35,9 +35,9 @@ GPU = Effort(
     {"steps": 170, "curve": 50, "counts": 25, "memory": 15, "host": 20, "compile": 55, "tune": 85},
 )  # fmt: skip
 QUICKLY = Effort(
-    0.3, {"compiled": 0, "backend": 0}, (20,), 25,
-    {"steps": 35, "curve": 8, "counts": 6, "memory": 15, "host": 15, "compile": 25, "tune": 8,
-     "variants": 8},
+    0.3, dict.fromkeys(("compiled", "compile()", "backend"), 0), (20,), 25,
+    {"steps": 30, "curve": 7, "counts": 6, "memory": 12, "host": 12, "compile": 22, "tune": 6,
+     "variants": 10},
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def plan(
         up_to = dict.fromkeys(up_to, options.compiled_up_to)
     left_out = [*[n for n in up_to if not up_to[n]], *([] if device.type == "cuda" else NEED_GPU)]
     names = [name for name in options.implementations if name not in left_out]
-    few = [n for n in names if n not in NOT_IN_PLOTS and not (quick and n == "compile()")]
+    few = [name for name in names if name not in NOT_IN_PLOTS]
     chosen = {name: WORKLOADS[name] for name in (QUICK if quick else WORKLOADS)}
     large = {name: chosen[name] for name in chosen if name == "1 x 64M"}
     curve: Shapes = {f"1 x {size}": [(size,)] for size in (SIZES[:13:4] if quick else SIZES[::2])}
@@ -66,7 +66,7 @@ def plan(
         "host": host.jobs(device, quick),
         "compile": compile_time.jobs(device, quick, effort.counts, effort.compiling),
     }
-    jobs |= {"tune": tune.jobs(device, quick)} if gpu else {"variants": variants.jobs(quick)}
+    jobs |= {"tune": tune.jobs(device, quick)} if gpu else {"variants": variants.jobs()}
     return {
         name: Part(part, effort.limits.get(name))
         for name, part in jobs.items()
@@ -112,5 +112,5 @@ def parser(description: str | None, gpu: bool) -> argparse.ArgumentParser:
         help=f"of {'; '.join(IMPLEMENTATIONS)}",
     )
     made.add_argument("--compiled-up-to", type=int, metavar="PARAMETERS",
-                      help="leave out compiled stock optimizers of more than these")  # fmt: skip
+                      help="compile no stock optimizer of more than these")  # fmt: skip
     return made

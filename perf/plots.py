@@ -27,8 +27,10 @@ def _names(records: list[dict[str, Any]]) -> list[str]:
 def _lines(axes: Any, records: list[Any], optimizer: str, x: Any, y: Any) -> None:
     for name in _names(records):
         line = _line(records, optimizer, name)
-        axes.plot([x(r) for r in line], [y(r) for r in line], marker=".", label=name)
-    axes.set(title=optimizer, xscale="log", yscale="log")
+        if line:  # an empty one could not be drawn to scale
+            axes.plot([x(r) for r in line], [y(r) for r in line], marker=".", label=name)
+    scale = {"xscale": "log", "yscale": "log"} if axes.lines else {}
+    axes.set(title=optimizer, **scale)
     axes.grid(alpha=0.3)
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 Results = dict[str, Any]
 OURS = ("tritonopt", "compile()", "tritonopt, replayed")  # whose part of the floor is shown
 
 
-def grid(head: Sequence[str], rows: Iterable[Sequence[str]], text: int = 1) -> str:
-    """A table of which the first columns are text, the others figures."""
+def grid(
+    head: Sequence[str], rows: list[list[str]], records: list[dict[str, Any]], text: int = 1
+) -> str:
+    """A table of which the first columns are text, the others figures; and what is missing."""
     rule = ["---"] * text + ["---:"] * (len(head) - text)
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
+    lines = ["| " + " | ".join(row) + " |" for row in (head, rule, *rows)] if rows else []
+    return "\n\n".join(filter(None, ["\n".join(lines), _reasons(records)]))
 
 
 def figure(value: float) -> str:
@@ -64,8 +67,8 @@ def steps(results: Results, clock: str = "wall_us") -> str:
             cells = [_time(by_name.get(name), clock, name in ours) for name in names]
             floors = [_floor(by_name.get(name)) for name in ours]
             rows.append([workload, *cells, faster, *floors])
-        tables.append(grid(head, rows))
-    return "\n\n".join([*tables, *_reasons(results["steps"])])
+        tables.append(grid(head, rows, []))
+    return "\n\n".join(filter(None, [*tables, _reasons(results["steps"])]))
 
 
 def _floor(record: dict[str, Any] | None) -> str:
@@ -79,7 +82,7 @@ def _time(record: dict[str, Any] | None, clock: str, spread: bool) -> str:
     return f"{middle} ({low} to {high})" if spread else middle
 
 
-def _reasons(records: list[dict[str, Any]]) -> list[str]:
+def _reasons(records: list[dict[str, Any]]) -> str:
     """Why figures are missing."""
     found: dict[str, list[str]] = {}
     for record in records:
@@ -91,7 +94,7 @@ def _reasons(records: list[dict[str, Any]]) -> list[str]:
         names = list(dict.fromkeys(what))
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         texts.append(f"{', '.join(names[:3])}{more}: {why}")
-    return ["Not measured: " + "; ".join(texts) + "."] if texts else []
+    return f"Not measured: {'; '.join(texts)}." if texts else ""
 
 
 def memory(results: Results) -> str:
@@ -103,8 +106,8 @@ def memory(results: Results) -> str:
         sizes = (record[f"{kind}_bytes"] / record["elements"] for kind in ("state", "kept", "peak"))
         row = rows.setdefault((record["optimizer"], record["workload"]), ["-"] * len(names))
         row[names.index(record["implementation"])] = " + ".join(f"{size:.1f}" for size in sizes)
-    table = grid(["optimizer", "workload", *names], ([*k, *v] for k, v in rows.items()), text=2)
-    return "\n\n".join([table, *_reasons(results["memory"])])
+    body = [[*key, *row] for key, row in rows.items()]
+    return grid(["optimizer", "workload", *names], body, results["memory"], text=2)
 
 
 def host(results: Results) -> str:
@@ -112,8 +115,7 @@ def host(results: Results) -> str:
         [r["optimizer"], f"{r['us_per_parameter']:.2f}", f"{r['us_per_step']:.0f}"]
         for r in filter(_is_measured, results["host"])
     ]
-    table = grid(["", "us per parameter", "us per step besides"], rows)
-    return "\n\n".join([table, *_reasons(results["host"])])
+    return grid(["", "us per parameter", "us per step besides"], rows, results["host"])
 
 
 def compile_time(results: Results) -> str:
@@ -127,8 +129,7 @@ def compile_time(results: Results) -> str:
             cell = record.get("missing") or f"{record['first_step_s']:.1f} s, {record['graphs']}"
             rows.setdefault(key, ["-"] * len(names))[names.index(record["optimizer"])] = cell
     body = [[name, f"{count:,}", *cells] for (name, count), cells in sorted(rows.items())]
-    late = _reasons([r for r in records if "job" in r])
-    return "\n\n".join([grid(["", "parameters", *names], body), *late])
+    return grid(["", "parameters", *names], body, [r for r in records if "job" in r])
 
 
 def variants(results: Results) -> str:
@@ -136,9 +137,7 @@ def variants(results: Results) -> str:
         [f'`"{r["variant"]}"`', *(f"{r[key]:.2e}" for key in ("median", "least", "greatest"))]
         for r in filter(_is_measured, results["variants"])
     ]
-    epochs = next((r["epochs"] for r in results["variants"] if _is_measured(r)), "no")
-    head = ["`variant`", f"loss after {epochs} epochs: median", "least", "greatest"]
-    return "\n\n".join([grid(head, rows), *_reasons(results["variants"])])
+    return grid(["`variant`", "loss: median", "least", "greatest"], rows, results["variants"])
 
 
 def tune(results: Results) -> str:
@@ -152,7 +151,7 @@ def tune(results: Results) -> str:
         ours = figure(rates[1024, 128]) if (1024, 128) in rates else "-"
         rows.append([*key, f"{best[0]} / {best[1]}", figure(rates[best]), ours])
     head = ["workload", "optimizer", "dtype", "block / threads", "GB/s", "1024 / 128: GB/s"]
-    return "\n\n".join([grid(head, rows, text=3), *_reasons(results["tune"])])
+    return grid(head, rows, results["tune"], text=3)
 
 
 def _taken(record: dict[str, Any]) -> float:
@@ -177,6 +176,7 @@ TITLES = {
     "memory": "Bytes per element: of state, of what else is kept, and what a step needs besides",
     "host": "What the host does, the launch left out",
     "compile": "Seconds to the first step, and graphs in 50 steps",
+    "variants": "The loss after 100 epochs",
     "tune": "The fastest grids, beside the library's",
 }
 

@@ -21,7 +21,7 @@ import tritonopt
 from perf import run
 from tritonopt.rprop import VARIANTS
 
-SEEDS = range(10)
+SEEDS, EPOCHS = range(10), 100
 
 
 @cache
@@ -56,10 +56,9 @@ def records(variant: str, epochs: int) -> Iterator[dict[str, Any]]:
     yield {"variant": variant, "epochs": epochs, **found}
 
 
-def jobs(quick: bool) -> run.Jobs:
-    epochs = 10 if quick else 100
-    return {variant: partial(records, variant, epochs) for variant in VARIANTS}
+def jobs() -> run.Jobs:
+    return {variant: partial(records, variant, EPOCHS) for variant in VARIANTS}
 
 
 if __name__ == "__main__":
-    sys.exit(run.script("variants", lambda device, quick: jobs(quick)))
+    sys.exit(run.script("variants", lambda device, quick: jobs()))

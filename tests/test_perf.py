@@ -22,7 +22,19 @@ ROOT = Path(__file__).parent.parent
 perf = sys.modules.setdefault("perf", types.ModuleType("perf"))
 perf.__path__ = [str(ROOT / "perf")]  # ROOT in sys.path would hide Hugging Face's `kernels`
 
-from perf import compile_time, memory, plan, plots, report, run, steps, timing, tune, variants
+from perf import (
+    compile_time,
+    memory,
+    plan,
+    plots,
+    report,
+    run,
+    steps,
+    tables,
+    timing,
+    tune,
+    variants,
+)
 from perf.implementations import IMPLEMENTATIONS, Missing, Workload, start
 from perf.workloads import WORKLOADS
 
@@ -279,6 +291,19 @@ def test_other_figures_are_noticed(tmp_path):
     assert readme.read_text() != (ROOT / "README.md").read_text()
     next(file.parent.glob("*.png")).unlink()
     assert report.main(["--check"], tmp_path) == 1
+
+
+def test_what_is_missing_is_neither_drawn_nor_tabulated(tmp_path):
+    late = {"job": "Rprop, foreach, 50", "missing": "no time was left"}
+    found = {"optimizer": "RMSprop", "implementation": "foreach", "tensors": 50,
+             "first_step_s": 1.5, "graphs": 2}  # fmt: skip
+    results = {"machine": {}, "compile": [found, late], "host": [late]}
+    plots.draw("some", results, tmp_path)
+    assert (tmp_path / "some-compile.png").exists()
+    table = tables.TABLES["compile"](results).splitlines()
+    assert table[2] == "| foreach | 50 | 1.5 s, 2 |"
+    assert table[-1] == "Not measured: Rprop, foreach, 50: no time was left."
+    assert tables.TABLES["host"](results) == table[-1]
 
 
 def test_every_file_of_results_is_shown(tmp_path):
