@@ -1,31 +1,34 @@
-"""What does the host do per step and parameter on the kernel path, before and without the launch?
+"""What does the host do per step and parameter on the kernel path, without the launch?
 
-    TRITON_INTERPRET=1 python -m perf.host
+    python -m perf.host
 
-Tensors lie on the CPU and the launch itself is replaced by nothing: what remains is the gathering
-and comparing of addresses, the table's look-up, the step counters and the version counters.
+Without a GPU, triton's interpreter sends CPU tensors down the kernel path. The launch itself is
+replaced by nothing: what remains is the gathering and comparing of addresses, the table's look-up,
+the step counters and the version counters.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import time
+from collections.abc import Iterator
+from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 
-import tritonopt
-from tritonopt.device import INTERPRET
+from perf import run
+from perf.implementations import IMPLEMENTATIONS, Workload
+
+COUNTS = (100, 2100)
 
 
-def host_time(name: str, count: int) -> float:
-    """Seconds of a step over `count` parameters of 64 elements."""
-    params = [torch.nn.Parameter(torch.randn(64)) for _ in range(count)]
-    optimizer = getattr(tritonopt, name)(params)
-    for param in params:
-        param.grad = torch.randn_like(param)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.01
+def host_time(name: str, count: int, device: torch.device) -> float:
+    """Microseconds of a step over `count` parameters of 64 elements."""
+    optimizer = Workload(name, [(64,)] * count, device).build(IMPLEMENTATIONS["tritonopt"])
     for layout in optimizer._layouts.values():
         for bucket in layout.buckets:
             bucket.update.rule = lambda *args, **kwargs: None
@@ -34,19 +37,27 @@ def host_time(name: str, count: int) -> float:
         start = time.perf_counter()
         optimizer.step()
         times.append(time.perf_counter() - start)
-    return median(times[10:])
+    return median(times[10:]) * 1e6
 
 
-def main() -> int:
-    if not INTERPRET:
-        print("set TRITON_INTERPRET=1: it sends CPU tensors down the kernel path")
-        return 2
-    for name in ("RMSprop", "Rprop"):
-        few, many = host_time(name, 100), host_time(name, 2100)
-        each = (many - few) / 2000
-        print(f"{name}: {each * 1e6:.2f} us per parameter and {(few - 100 * each) * 1e6:.0f} us")
-    return 0
+def host(name: str, device: torch.device) -> dict[str, float]:
+    few, many = (host_time(name, count, device) for count in COUNTS)
+    each = (many - few) / (COUNTS[1] - COUNTS[0])
+    return {"us_per_parameter": each, "us_per_step": few - COUNTS[0] * each}
+
+
+def records(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
+    interpret = {"TRITON_INTERPRET": "1"} if device.type == "cpu" else {}
+    found = run.child("perf.host", name, device.type, env={**os.environ, **interpret})
+    yield {"optimizer": name, **found}
+
+
+def jobs(device: torch.device, quick: bool) -> run.Jobs:
+    return {name: partial(records, name, device) for name in ("RMSprop", "Rprop")}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] == ["--one"]:
+        print(json.dumps(host(sys.argv[2], torch.device(sys.argv[3]))))
+    else:
+        sys.exit(run.script("host", jobs))

@@ -1,28 +1,33 @@
 """What the Rprop variants reach on a real problem: full-batch training on scikit-learn's digits.
 
-    python -m perf.variants [epochs]
+    python -m perf.variants
 
-Prints the table of the README: the training loss after 100 epochs (or as many as given), as the
-median and the range over ten random initializations of a 64-32-10 perceptron, in fp32.
+The training loss after 100 epochs, as the median and the range over ten random initializations of
+a 64-32-10 perceptron, in fp32 on the CPU.
 """
 
 from __future__ import annotations
 
 import sys
-from functools import cache
+from collections.abc import Iterator
+from functools import cache, partial
+from statistics import median
+from typing import Any
 
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 import tritonopt
+from perf import run
 from tritonopt.rprop import VARIANTS
 
-SEEDS = range(10)
+SEEDS, EPOCHS = range(10), 100
 
 
 @cache
 def digits() -> tuple[Tensor, Tensor]:
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     pixels = torch.tensor(data.data, dtype=torch.float32) / 16
     return pixels, torch.tensor(data.target)
@@ -45,15 +50,15 @@ def loss_after(epochs: int, variant: str, seed: int) -> float:
     return float(closure().detach())
 
 
-def main() -> None:
-    epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 100
-    print(f"| `variant` | loss after {epochs} epochs: median | least | greatest |")
-    print("|---|---|---|---|")
-    for variant in VARIANTS:
-        losses = torch.tensor([loss_after(epochs, variant, seed) for seed in SEEDS])
-        median = (losses.sort().values[4] + losses.sort().values[5]) / 2
-        print(f'| `"{variant}"` | {median:.2e} | {losses.min():.2e} | {losses.max():.2e} |')
+def records(variant: str, epochs: int) -> Iterator[dict[str, Any]]:
+    losses = sorted(loss_after(epochs, variant, seed) for seed in SEEDS)
+    found = {"median": median(losses), "least": losses[0], "greatest": losses[-1]}
+    yield {"variant": variant, "epochs": epochs, **found}
+
+
+def jobs() -> run.Jobs:
+    return {variant: partial(records, variant, EPOCHS) for variant in VARIANTS}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run.script("variants", lambda device, quick: jobs()))

@@ -1,0 +1,100 @@
+"""What memory do an optimizer and its step take, beside torch's? `python -m perf.memory`
+
+State is the tensors in `state`; kept is what else stays allocated after two steps, without
+parameters and gradients; the peak is what a third step adds to that while it runs.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from perf import run
+from perf.implementations import IMPLEMENTATIONS, Implementation, Step, Workload
+from perf.workloads import WORKLOADS, Shape
+
+NAMES = ("for-loop", "foreach", "tritonopt", "compile()")
+CHOSEN = ("ResNet-50", "1000 x 64", "1 x 64M")
+
+
+def cpu_memory(function: Callable[[], Any]) -> tuple[int, int]:
+    """Bytes that a call leaves allocated, and the most it had allocated: the allocator's record."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = function()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(file))
+        events = json.loads(file.read_text())["traceEvents"]
+    changes = [e for e in events if e["name"] == "[memory]" and e["args"]["Device Type"] == 0]
+    now = peak = 0
+    for event in sorted(changes, key=lambda event: event["args"]["Ev Idx"]):
+        now += event["args"]["Bytes"]
+        peak = max(peak, now)
+    del kept
+    return now, peak
+
+
+def device_memory(function: Callable[[], Any]) -> tuple[int, int]:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = function()
+    torch.cuda.synchronize()
+    after, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    del kept
+    return after - before, peak - before
+
+
+def memory(workload: Workload, implementation: Implementation) -> dict[str, int]:
+    """Bytes."""
+    allocated = cpu_memory if workload.device.type == "cpu" else device_memory
+
+    def begin() -> tuple[Any, Step]:
+        optimizer = workload.build(implementation)
+        step = implementation.start(optimizer)
+        step(), step()
+        gc.collect()
+        return optimizer, step
+
+    begin()  # what a process allocates once belongs to no optimizer
+    held, _ = allocated(begin)
+    optimizer, step = begin()
+    _, peak = allocated(step)
+    state = sum(t.nbytes for entry in optimizer.state.values() for t in entry.values())
+    given = 2 * workload.elements * workload.dtype.itemsize
+    return {"state_bytes": state, "kept_bytes": held - given - state, "peak_bytes": peak}
+
+
+def records(label: str, workload: Workload, name: str) -> Iterator[dict[str, Any]]:
+    yield {
+        "optimizer": workload.configuration, "workload": label, "implementation": name,
+        "elements": workload.elements, **memory(workload, IMPLEMENTATIONS[name]),
+    }  # fmt: skip
+
+
+def jobs(
+    device: torch.device, quick: bool, workloads: dict[str, list[Shape]] = WORKLOADS
+) -> run.Jobs:
+    chosen = CHOSEN[1:2] if quick else CHOSEN
+    names = NAMES[1:3] if quick else NAMES
+    return {
+        f"{configuration}, {label}, {name}": partial(
+            records, label, Workload(configuration, workloads[label], device), name
+        )
+        for label in chosen
+        for configuration in ("RMSprop", "Rprop")
+        for name in names
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(run.script("memory", jobs))

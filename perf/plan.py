@@ -1,0 +1,116 @@
+"""Everything that is measured on a device, within the time that each part of it may take."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from perf import compile_time, host, memory, steps, tune, variants
+from perf.implementations import COMPILED_UP_TO, IMPLEMENTATIONS
+from perf.run import Jobs, Part, machine, run
+from perf.tables import tables
+from perf.timing import bandwidth
+from perf.workloads import COUNTS, QUICK, SIZES, WORKLOADS, Shape
+
+Shapes = dict[str, list[Shape]]
+
+NEED_GPU = [name for name, one in IMPLEMENTATIONS.items() if one.needs_gpu]
+NOT_IN_PLOTS = ["backend", "bitsandbytes", "foreach, replayed"]
+
+
+class Effort(NamedTuple):
+    seconds: float  # per workload and optimizer
+    compiled_up_to: dict[str, int]
+    counts: tuple[int, ...]  # of parameters whose steps are compiled
+    compiling: float  # seconds, at most, until all steps of one of these are done
+    limits: dict[str, float]  # seconds of a part
+
+
+CPU = Effort(4.0, COMPILED_UP_TO, compile_time.COUNTS, 200, {})
+GPU = Effort(
+    0.3, {"compiled": 64, "backend": 200}, (200,), 25,
+    {"steps": 170, "curve": 50, "counts": 25, "memory": 15, "host": 20, "compile": 55, "tune": 85},
+)  # fmt: skip
+QUICKLY = Effort(
+    0.3, dict.fromkeys(("compiled", "compile()", "backend"), 0), (20,), 25,
+    {"steps": 30, "curve": 7, "counts": 6, "memory": 12, "host": 12, "compile": 22, "tune": 6,
+     "variants": 10},
+)  # fmt: skip
+
+
+def plan(
+    device: torch.device, gpu: bool, options: argparse.Namespace, speed: float
+) -> dict[str, Part]:
+    quick = options.quick
+    effort = QUICKLY if quick else GPU if gpu else CPU
+    up_to = effort.compiled_up_to
+    if options.compiled_up_to is not None:
+        up_to = dict.fromkeys(up_to, options.compiled_up_to)
+    left_out = [*[n for n in up_to if not up_to[n]], *([] if device.type == "cuda" else NEED_GPU)]
+    names = [name for name in options.implementations if name not in left_out]
+    few = [name for name in names if name not in NOT_IN_PLOTS]
+    chosen = {name: WORKLOADS[name] for name in (QUICK if quick else WORKLOADS)}
+    large = {name: chosen[name] for name in chosen if name == "1 x 64M"}
+    curve: Shapes = {f"1 x {size}": [(size,)] for size in (SIZES[:13:4] if quick else SIZES[::2])}
+    counts: Shapes = {f"{count} x 64": [(64,)] * count for count in COUNTS[: 3 if quick else None]}
+    common: dict[str, Any] = {"up_to": up_to, "seconds": effort.seconds, "bandwidth": speed}
+    jobs: dict[str, Jobs] = {
+        "steps": steps.jobs(chosen, names, device, **common)
+        | steps.jobs(large, names, device, ("RMSprop, centered, momentum",), **common),
+        "curve": steps.jobs(curve, few, device, **common),
+        "counts": steps.jobs(counts, few, device, **common),
+        "memory": memory.jobs(device, quick),
+        "host": host.jobs(device, quick),
+        "compile": compile_time.jobs(device, quick, effort.counts, effort.compiling),
+    }
+    jobs |= {"tune": tune.jobs(device, quick)} if gpu else {"variants": variants.jobs()}
+    return {
+        name: Part(part, effort.limits.get(name))
+        for name, part in jobs.items()
+        if name in options.only
+    }
+
+
+def main(device: torch.device, gpu: bool, options: argparse.Namespace) -> int:
+    elements = 2**24 if options.quick else 2**28 if device.type == "cuda" else 2**26
+    speed = bandwidth(device, elements)
+    found = {**machine(device), "bandwidth_bytes_per_s": speed}
+    results: dict[str, Any] = {"machine": found, "quick": options.quick}
+    out = options.out and options.out / f"{'cpu' if not gpu else _slug(found['device'])}.json"
+    parts = plan(device, gpu, options, speed)
+    run(parts, results, out)
+    print(*tables(results), sep="\n\n")
+    return 0
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
+
+
+def parser(description: str | None, gpu: bool) -> argparse.ArgumentParser:
+    parts = [name for name in QUICKLY.limits if name != ("variants" if gpu else "tune")]
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--out", type=Path, help="a folder for the results as JSON")
+    made.add_argument("--quick", action="store_true", help="under two minutes")
+    made.add_argument(
+        "--only",
+        nargs="+",
+        choices=parts,
+        default=parts,
+        metavar="PART",
+        help=f"of {', '.join(parts)}",
+    )
+    made.add_argument(
+        "--implementations",
+        nargs="+",
+        choices=IMPLEMENTATIONS,
+        metavar="NAME",
+        default=list(IMPLEMENTATIONS),
+        help=f"of {'; '.join(IMPLEMENTATIONS)}",
+    )
+    made.add_argument("--compiled-up-to", type=int, metavar="PARAMETERS",
+                      help="compile no stock optimizer of more than these")  # fmt: skip
+    return made

@@ -1,0 +1,89 @@
+"""What does a step cost, and how near to the floor is it? `python -m perf.cpu --only steps`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from perf.implementations import CONFIGURATIONS, Missing, Workload, start
+from perf.run import Jobs
+from perf.timing import Times, interleaved
+from perf.workloads import Shape
+
+Record = dict[str, Any]
+KEPT, TEMPORARY = 4, 5  # tensors of the parameters' size: of each implementation, of a step
+
+
+def measure(
+    workload: Workload, names: Sequence[str], up_to: dict[str, int], seconds: float
+) -> tuple[dict[str, Times], dict[str, str]]:
+    """Times of the implementations, in turns, and why others are missing."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # not silently eager
+    needed = (KEPT * len(names) + TEMPORARY) * workload.elements * workload.dtype.itemsize
+    if needed > free_memory(workload.device):
+        raise Missing(f"needs {needed / 2**30:.0f} GiB of free memory")
+    steps, missing = start(workload, names, up_to)
+    return interleaved(steps, workload.device, seconds), missing
+
+
+def free_memory(device: torch.device) -> int:
+    if device.type != "cpu":
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def records(
+    label: str,
+    workload: Workload,
+    names: Sequence[str],
+    up_to: dict[str, int],
+    seconds: float,
+    bandwidth: float,
+) -> Iterator[Record]:
+    common = {
+        "optimizer": workload.configuration, "workload": label, "tensors": len(workload.shapes),
+    }  # fmt: skip
+    times, missing = measure(workload, names, up_to, seconds)
+    for name in names:
+        record = {**common, "implementation": name}
+        if name in missing:
+            yield {**record, "missing": missing[name]}
+        else:
+            yield {**record, **figures(workload, times[name], bandwidth)}
+
+
+def figures(workload: Workload, times: Times, bandwidth: float) -> Record:
+    """The times, and the floor: the least bytes at the bandwidth of the machine."""
+    least_bytes = workload.least_bytes
+    floor = least_bytes / bandwidth * 1e6
+    summary = times.summary()
+    taken = summary["device_us"] or summary["wall_us"]
+    return {
+        "elements": workload.elements, "least_bytes": least_bytes, "floor_us": floor,
+        "fraction_of_floor": floor / taken["median"], **summary,
+    }  # fmt: skip
+
+
+def jobs(
+    workloads: dict[str, list[Shape]],
+    names: Sequence[str],
+    device: torch.device,
+    configurations: Sequence[str] = ("RMSprop", "Rprop"),
+    **kwargs: Any,
+) -> Jobs:
+    """One per workload and optimizer."""
+    return {
+        f"{configuration}, {label}": partial(
+            records, label, Workload(configuration, shapes, device), names, **kwargs
+        )
+        for label, shapes in workloads.items()
+        for configuration in CONFIGURATIONS
+        if configuration in configurations
+    }

@@ -1,0 +1,191 @@
+"""Results as tables of the README."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+Results = dict[str, Any]
+OURS = ("tritonopt", "compile()", "tritonopt, replayed")  # whose part of the floor is shown
+
+
+def grid(
+    head: Sequence[str], rows: list[list[str]], records: list[dict[str, Any]], text: int = 1
+) -> str:
+    """A table of which the first columns are text, the others figures; and what is missing."""
+    rule = ["---"] * text + ["---:"] * (len(head) - text)
+    lines = ["| " + " | ".join(row) + " |" for row in (head, rule, *rows)] if rows else []
+    return "\n\n".join(filter(None, ["\n".join(lines), _reasons(records)]))
+
+
+def figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def machine(results: Results) -> str:
+    found = results["machine"]
+    texts = [found["device"]]
+    texts += [f"driver {found['driver_version']}"] if "driver_version" in found else []
+    if "bandwidth_bytes_per_s" in found:
+        kind = "device copy" if "cuda" in found else "in-place triad"
+        texts.append(f"{kind} {found['bandwidth_bytes_per_s'] / 1e9:,.1f} GB/s")
+    texts += [f"{found['threads']} threads", f"torch {found['torch']}"]
+    texts += [f"triton {found['triton']}", found["date"]]
+    texts += ["a run with `--quick`"] if results["quick"] else []
+    return ", ".join(texts) + "."
+
+
+def _names(records: list[dict[str, Any]]) -> list[str]:
+    """Of the implementations that were measured at all."""
+    return list(dict.fromkeys(r["implementation"] for r in records if _is_measured(r)))
+
+
+def _is_measured(record: dict[str, Any]) -> bool:
+    return "missing" not in record
+
+
+def steps(results: Results, clock: str = "wall_us") -> str:
+    """Times in ms: medians, ours with their spread; how much faster, and how near to the floor."""
+    records = [r for r in results["steps"] if "job" not in r]
+    tables = []
+    for optimizer in dict.fromkeys(r["optimizer"] for r in records):
+        some = [r for r in records if r["optimizer"] == optimizer]
+        names = _names(some)
+        ours = [name for name in OURS if name in names]
+        head = [optimizer, *names, "times the better stock", *(f"{n}: of the floor" for n in ours)]
+        rows = []
+        for workload in dict.fromkeys(r["workload"] for r in some):
+            by_name = {
+                r["implementation"]: r
+                for r in some
+                if r["workload"] == workload and _is_measured(r)
+            }
+            stock = [by_name[n][clock]["median"] for n in ("for-loop", "foreach") if n in by_name]
+            faster = "-"
+            if stock and "tritonopt" in by_name:
+                faster = figure(min(stock) / by_name["tritonopt"][clock]["median"])
+            cells = [_time(by_name.get(name), clock, name in ours) for name in names]
+            floors = [_floor(by_name.get(name)) for name in ours]
+            rows.append([workload, *cells, faster, *floors])
+        tables.append(grid(head, rows, []))
+    return "\n\n".join(filter(None, [*tables, _reasons(results["steps"])]))
+
+
+def _floor(record: dict[str, Any] | None) -> str:
+    return "-" if record is None else f"{record['fraction_of_floor']:.0%}"
+
+
+def _time(record: dict[str, Any] | None, clock: str, spread: bool) -> str:
+    if record is None:
+        return "-"
+    low, middle, high = (figure(record[clock][key] / 1e3) for key in ("p10", "median", "p90"))
+    return f"{middle} ({low} to {high})" if spread else middle
+
+
+def _reasons(records: list[dict[str, Any]]) -> str:
+    """Why figures are missing."""
+    found: dict[str, list[str]] = {}
+    for record in records:
+        if not _is_measured(record):
+            what = record.get("job") or record.get("implementation", "")
+            found.setdefault(record["missing"], []).append(what)
+    texts = []
+    for why, what in found.items():
+        names = list(dict.fromkeys(what))
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        texts.append(f"{', '.join(names[:3])}{more}: {why}")
+    return f"Not measured: {'; '.join(texts)}." if texts else ""
+
+
+def memory(results: Results) -> str:
+    """Bytes per element: state, what else is kept, and the peak of a step."""
+    records = list(filter(_is_measured, results["memory"]))
+    names = _names(records)
+    rows: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        sizes = (record[f"{kind}_bytes"] / record["elements"] for kind in ("state", "kept", "peak"))
+        row = rows.setdefault((record["optimizer"], record["workload"]), ["-"] * len(names))
+        row[names.index(record["implementation"])] = " + ".join(f"{size:.1f}" for size in sizes)
+    body = [[*key, *row] for key, row in rows.items()]
+    return grid(["optimizer", "workload", *names], body, results["memory"], text=2)
+
+
+def host(results: Results) -> str:
+    rows = [
+        [r["optimizer"], f"{r['us_per_parameter']:.2f}", f"{r['us_per_step']:.0f}"]
+        for r in filter(_is_measured, results["host"])
+    ]
+    return grid(["", "us per parameter", "us per step besides"], rows, results["host"])
+
+
+def compile_time(results: Results) -> str:
+    """Seconds to the first step, and graphs over all steps."""
+    records = results["compile"]
+    names = list(dict.fromkeys(r["optimizer"] for r in records if "job" not in r))
+    rows: dict[tuple[str, int], list[str]] = {}
+    for record in records:
+        if "job" not in record:
+            key = record["implementation"], record["tensors"]
+            cell = record.get("missing") or f"{record['first_step_s']:.1f} s, {record['graphs']}"
+            rows.setdefault(key, ["-"] * len(names))[names.index(record["optimizer"])] = cell
+    body = [[name, f"{count:,}", *cells] for (name, count), cells in sorted(rows.items())]
+    return grid(["", "parameters", *names], body, [r for r in records if "job" in r])
+
+
+def variants(results: Results) -> str:
+    rows = [
+        [f'`"{r["variant"]}"`', *(f"{r[key]:.2e}" for key in ("median", "least", "greatest"))]
+        for r in filter(_is_measured, results["variants"])
+    ]
+    return grid(["`variant`", "loss: median", "least", "greatest"], rows, results["variants"])
+
+
+def tune(results: Results) -> str:
+    """The fastest grid of each kernel, dtype and workload, beside the library's."""
+    records = list(filter(_is_measured, results["tune"]))
+    rows = []
+    for key in dict.fromkeys((r["workload"], r["optimizer"], r["dtype"]) for r in records):
+        same = [r for r in records if (r["workload"], r["optimizer"], r["dtype"]) == key]
+        rates = {(r["block"], r["threads"]): r["least_bytes"] / _taken(r) / 1e3 for r in same}
+        best = max(rates, key=lambda tiling: rates[tiling])
+        ours = figure(rates[1024, 128]) if (1024, 128) in rates else "-"
+        rows.append([*key, f"{best[0]} / {best[1]}", figure(rates[best]), ours])
+    head = ["workload", "optimizer", "dtype", "block / threads", "GB/s", "1024 / 128: GB/s"]
+    return grid(head, rows, results["tune"], text=3)
+
+
+def _taken(record: dict[str, Any]) -> float:
+    return float((record["device_us"] or record["wall_us"])["median"])
+
+
+TABLES: dict[str, Callable[[Results], str]] = {
+    "machine": machine,
+    "steps": steps,
+    "device_steps": lambda results: steps(results, "device_us"),
+    "host_steps": lambda results: steps(results, "host_us"),
+    "memory": memory,
+    "host": host,
+    "compile": compile_time,
+    "variants": variants,
+    "tune": tune,
+}
+TITLES = {
+    "steps": "Milliseconds until the device has done a step",
+    "device_steps": "Milliseconds of the kernels alone",
+    "host_steps": "Milliseconds until `step()` returns",
+    "memory": "Bytes per element: of state, of what else is kept, and what a step needs besides",
+    "host": "What the host does, the launch left out",
+    "compile": "Seconds to the first step, and graphs in 50 steps",
+    "variants": "The loss after 100 epochs",
+    "tune": "The fastest grids, beside the library's",
+}
+
+
+def tables(results: Results) -> Iterator[str]:
+    """All that there are figures for, with titles."""
+    clocks = {"device_steps", "host_steps"} if "cuda" in results["machine"] else set()
+    for name, table in TABLES.items():
+        if name in results or (name in clocks and "steps" in results):
+            if name in TITLES:
+                yield f"{TITLES[name]}:"
+            yield table(results)
