@@ -23,6 +23,7 @@ from tritonopt.device import is_capturing
 from tritonopt.kernels.norm import square_sum_kernel
 from tritonopt.kernels.rmsprop import rmsprop_kernel
 from tritonopt.kernels.rprop import rprop_kernel
+from tritonopt.slab import all_given
 
 BLOCK, THREADS = 1024, 128
 """8 elements a thread: one 128-bit access per tensor in half precision, two in fp32. 48 to 80
@@ -270,6 +271,8 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _pointers(grads: Sequence[Tensor | None]) -> tuple[int, ...]:
+    if all_given(grads):
+        return tuple(map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
     return tuple([0 if g is None else g.data_ptr() for g in grads])
 
 

@@ -40,7 +40,7 @@ def expected(params, grads, prevs, step_sizes, dtype=torch.float32):
     for group in zip(params, grads, prevs, step_sizes, strict=True):
         if group[1] is not None:
             flat = [t.to(compute, copy=True) for t in group]
-            eager.rprop_(*flat, (torch.empty_like(flat[0]), torch.empty_like(flat[0])), **RPROP)
+            eager.rprop_(*flat, eager.Scratch(), **RPROP)
             yield flat[0].to(dtype), flat[2].to(dtype), flat[3].to(dtype)
         else:
             yield tuple(t.clone() for t in (group[0], group[2], group[3]))

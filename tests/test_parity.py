@@ -75,6 +75,20 @@ def test_half_precision_is_fp32_rounded_once(name, kwargs, dtype, device):
         assert_close(ours, oracle, params, singles, before, TOLERANCE[dtype])
 
 
+@pytest.mark.skipif(path(torch.device("cpu"))[0] != "eager", reason="of the eager path")
+@pytest.mark.parametrize("kwargs", [{}, {"centered": True, "maximize": True}], ids=str)
+def test_many_small(kwargs):
+    """On a CPU their pieces are so short that roots are taken of chunks."""
+    shapes = [(300,)] * 120 + [(20, 15)] * 120 + [(5001,), (7,)]
+    params = parameters(shapes)
+    ours, theirs, copies = twins("RMSprop", params, **kwargs)
+    for step in range(5):
+        give_gradients(params, copies, missing={30 * step})
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs, params, copies)
+
+
 def snapshot(optimizer, params):
     """Copies of the parameters and of their state."""
     return [p.detach().clone() for p in params], copy.deepcopy(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonopt.eager import Scratch
 from tritonopt.sweep import Sweep
 
 LIVE = ("lr", "momentum", "step")
@@ -30,11 +31,13 @@ class CompiledSweep(Sweep):
         **kwargs: Any,
     ) -> None:
         super().__init__(rule, params, columns)
-        self.piece = 2**62  # a fused loop needs no pieces that stay in cache
         self.kwargs = kwargs
         self._graph: Callable[..., None] | None = None
 
-    def _update(self, flats: list[Tensor | None], grad: Tensor, hyper: dict[str, Any]) -> None:
+    def _piece(self, params: Sequence[Tensor]) -> int:
+        return 2**62  # a fused loop needs no pieces that stay in cache
+
+    def _update(self, flats: Sequence[Tensor | None], grad: Tensor, hyper: dict[str, Any]) -> None:
         if grad.numel() < 2:  # sizes 0 and 1 would each be a graph of their own
             return super()._update(flats, grad, hyper)
         hyper = {
@@ -75,7 +78,7 @@ def update(
 ) -> None:
     """One step in the compute dtype; Inductor makes the copies part of the loop."""
     work = [None if flat is None else flat.to(dtype) for flat in flats]
-    rule(work[0], grad.to(dtype), *work[1:], (None, None), **hyper)
+    rule(work[0], grad.to(dtype), *work[1:], Scratch(), **hyper)
     for flat, computed in zip(flats, work, strict=True):
         if flat is not None and computed is not None and computed.dtype != flat.dtype:
             flat.copy_(computed)

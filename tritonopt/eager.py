@@ -1,11 +1,13 @@
 """The update rules in plain torch. They define correctness: the kernels are tested against them.
 
 Each rule has the name, the argument order and the line order of its kernel in `kernels/`. All
-tensors are flat and of one dtype; `scratch` is two tensors of the same size. The operations and
-their order are those of torch's for-loop optimizers, so that fp32 and fp64 agree to the last bit.
+tensors are flat and of one dtype, scratch included. The operations and their order are those of
+torch's for-loop optimizers, so that fp32 and fp64 agree to the last bit.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +16,37 @@ hardtanh_backward = torch.ops.aten.hardtanh_backward
 threshold_backward = torch.ops.aten.threshold_backward
 
 
+class Scratch(NamedTuple):
+    """Memory for intermediate results; None: operators allocate it, or a compiler fuses them."""
+
+    first: Tensor | None = None
+    second: Tensor | None = None
+    chunks: tuple[Tensor, ...] = ()  # of the second
+
+    @classmethod
+    def of(cls, first: Tensor, second: Tensor) -> Scratch:
+        # Torch wakes all its threads to take the root of more than 2^11 elements, and for any other
+        # operator on 2^15 or more. Roots of chunks stay on the calling thread, as the others do.
+        chunks = second.split(2**11) if 2**11 < len(second) < 2**15 else ()
+        return cls(first, second, chunks)
+
+    def sqrt(self, x: Tensor) -> Tensor:
+        """The square root, in `second`, which may be `x` itself."""
+        if not self.chunks or self.second is None:
+            return torch.sqrt(x, out=self.second)
+        if x is not self.second:
+            self.second.copy_(x)
+        torch._foreach_sqrt_(self.chunks)
+        return self.second
+
+
 def rmsprop_(
     param: Tensor,
     grad: Tensor,
     square_avg: Tensor,
     grad_avg: Tensor | None,
     momentum_buffer: Tensor | None,
-    scratch: tuple[Tensor, Tensor],
+    scratch: Scratch,
     *,
     lr: float,
     alpha: float,
@@ -36,9 +62,9 @@ def rmsprop_(
 ) -> None:
     """`step` is the number of steps with this one, for bias correction; None: no correction."""
     if maximize:
-        grad = torch.neg(grad, out=scratch[0])
+        grad = torch.neg(grad, out=scratch.first)
     if weight_decay != 0 and not decoupled_weight_decay:
-        grad = torch.add(grad, param, alpha=weight_decay, out=scratch[0])
+        grad = torch.add(grad, param, alpha=weight_decay, out=scratch.first)
     # sqrt(v / c) is sqrt(v) / sqrt(c): taken out of the denominator, bias correction changes
     # scalars only and costs nothing per element.
     gain, rate, inverse = 1.0, lr, 1.0
@@ -51,13 +77,13 @@ def rmsprop_(
     avg = square_avg
     if grad_avg is not None:
         grad_avg.lerp_(grad, 1 - alpha)
-        avg = torch.addcmul(avg, grad_avg, grad_avg, value=-inverse, out=scratch[1])
+        avg = torch.addcmul(avg, grad_avg, grad_avg, value=-inverse, out=scratch.second)
         if step is not None:
             avg.clamp_min_(0)  # exactly 0 at the first step, where rounding may fall below
     if eps_in_sqrt:
-        avg = torch.add(avg, eps, out=scratch[1]).sqrt_()
+        avg = scratch.sqrt(torch.add(avg, eps, out=scratch.second))
     else:
-        avg = torch.sqrt(avg, out=scratch[1]).add_(eps)
+        avg = scratch.sqrt(avg).add_(eps)
     if weight_decay != 0 and decoupled_weight_decay:
         param.mul_(1 - lr * weight_decay)
     if momentum_buffer is not None:
@@ -77,7 +103,7 @@ def rprop_(
     grad: Tensor,
     prev: Tensor,
     step_size: Tensor,
-    scratch: tuple[Tensor, Tensor],
+    scratch: Scratch,
     *,
     etaminus: float,
     etaplus: float,
@@ -87,21 +113,29 @@ def rprop_(
     variant: str = "irprop-",
     loss_rose: bool = False,
 ) -> None:
-    # No comparison, where or masked_fill: on a CPU each costs 5 to 50 times a multiply, while
-    # threshold (x if x > bound else value) and the backward of threshold and hardtanh (grad if
-    # x > bound, or low < x < high, else 0) cost one.
     if maximize:
-        grad = torch.neg(grad, out=scratch[0])
-    agreement = torch.mul(grad, prev, out=scratch[1]).sign_()
+        grad = torch.neg(grad, out=scratch.first)
+    factor = _factor(torch.mul(grad, prev, out=scratch.second), etaminus, etaplus)
     if variant == "rprop+" or (variant == "irprop+" and loss_rose):
-        hardtanh_backward.grad_input(prev, agreement, -1.5, -0.5, grad_input=prev)
+        hardtanh_backward.grad_input(prev, factor, 0.0, 1.0, grad_input=prev)
         param.addcmul_(prev.sign_(), step_size)  # on a change of sign: the last update, taken back
     if variant == "rprop-":
         prev.copy_(grad)
     else:
-        threshold_backward.grad_input(grad, agreement, -0.5, grad_input=prev)
-    factor = agreement.mul_(etaplus)  # etaplus, 0 or -etaplus, for etaplus, 1 and etaminus
-    torch.threshold_(factor, -0.5, etaminus)
-    torch.threshold_(factor, 0.0, 1.0)
+        threshold_backward.grad_input(grad, factor, etaminus, grad_input=prev)
     step_size.mul_(factor).clamp_(step_size_min, step_size_max)
     param.addcmul_(torch.sign(prev, out=factor), step_size, value=-1)
+
+
+def _factor(product: Tensor, etaminus: float, etaplus: float) -> Tensor:
+    """By which step sizes grow or shrink; in place. A product that is NaN counts as 0.
+
+    No comparison, where or masked_fill: on a CPU each costs 5 to 50 times a multiply. The product
+    times infinity is an infinity or NaN, each of which nan_to_num gives a value of its own. The
+    rule tells them apart again by the backward of threshold and of hardtanh, which pass a
+    gradient on where x > bound, or low < x < high. Fused, where is the faster one.
+    """
+    if torch.compiler.is_compiling():
+        one = torch.ones_like(product)
+        return torch.where(product > 0, etaplus, torch.where(product < 0, etaminus, one))
+    return torch.nan_to_num_(product.mul_(float("inf")), 1.0, etaplus, etaminus)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import chain, compress, repeat
-from operator import is_, is_not
+from operator import is_, is_not, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -124,6 +124,31 @@ class Guards:
         return _given(tensors) == self._given and self._check(*compress(tensors, self._given))
 
 
+class Place:
+    """Where tensors lie and how: in chunks, of which the first look warms the cache for the second.
+
+    4000 tensors with their storages fill more than a core's own cache.
+    """
+
+    CHUNK = 256
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._chunks = []
+        for first in range(0, len(tensors), self.CHUNK):
+            where = slice(first, first + self.CHUNK)
+            chunk = tensors[where]
+            self._chunks.append((where, _addresses(chunk), Guards(chunk), _geometry(chunk)))
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        for where, addresses, guards, geometry in self._chunks:
+            chunk = tensors[where]
+            if _addresses(chunk) != addresses:
+                return False
+            if not guards.fit(chunk) and _geometry(chunk) != geometry:
+                return False
+        return True
+
+
 def _given(tensors: Sequence[Tensor | None]) -> list[bool]:
     return list(map(is_not, tensors, repeat(None)))
 
@@ -148,12 +173,11 @@ class Bucket:
         self.device = params[0].device
         self.dtype = params[0].dtype
         self.keys = ("step", *rule.keys)
-        self._held = {key: [state[key] for state in states] for key in self.keys}
+        self._held = {key: list(map(itemgetter(key), states)) for key in self.keys}
         self.columns = {key: self._local(column) for key, column in self._held.items()}
-        self.tensors = list(chain(params, *self.columns.values()))
-        self.addresses = _addresses(self.tensors)
-        self.geometry = _geometry(self.tensors)
-        self._as_before = Guards(self.tensors)
+        self._steps_at = _addresses(self.columns["step"])  # without dimensions: no more to look at
+        self.tensors = list(chain(params, *(self.columns[key] for key in rule.keys)))
+        self._place = Place(self.tensors)
         grads = (p.grad for p in self.owners)
         self.grad_dtype = next((g.dtype for g in grads if g is not None), self.dtype)
         self._expected: Guards | None = None  # of gradients that need no look, one by one
@@ -175,16 +199,15 @@ class Bucket:
         """Whether every parameter and state tensor still lies where it lay, and as it lay."""
         try:
             for key, column in self._held.items():
-                if not all(map(is_, [state[key] for state in self.states], column)):
+                if not all(map(is_, map(itemgetter(key), self.states), column)):
                     return False
         except KeyError:
             return False
         tensors = self.tensors
         if self.sharded:  # a DTensor may have got another part
-            tensors = self._local(list(chain(self.owners, *self._held.values())))
-        return _addresses(tensors) == self.addresses and (
-            self._as_before.fit(tensors) or _geometry(tensors) == self.geometry
-        )
+            columns = (self._held[key] for key in self.rule.keys)
+            tensors = self._local([*self.owners, *chain(*columns)])
+        return _addresses(self.columns["step"]) == self._steps_at and self._place.holds(tensors)
 
     def gradients(self) -> list[Tensor | None] | None:
         """The gradients as the update needs them; None if there are none."""
@@ -223,7 +246,7 @@ class Bucket:
             flat = span.flats[0]
             assert flat is not None
             for part in slab.present(span, grads):
-                flat[part] += one
+                flat[part].add_(one)
         for index in self._lone_steps:
             if grads[index] is not None:
                 self.states[index]["step"] += one
@@ -244,7 +267,9 @@ class Bucket:
         if self.rule.counts:
             hyper["step"] = self.counts()
         self.update(grads, **hyper)
-        changed = [p for p, g in zip(self.owners, grads, strict=True) if g is not None]
+        changed = self.owners
+        if not slab.all_given(grads):
+            changed = [p for p, g in zip(self.owners, grads, strict=True) if g is not None]
         torch.autograd.graph.increment_version(changed)  # a later backward must notice
 
     def reserve(self) -> None:
@@ -311,31 +336,24 @@ class Layout:
             Bucket(rule, [self.params[i] for i in some], [self.states[i] or {} for i in some])
             for some in members.values()
         ]
-
         self.provisional = any(why == BAD_GRADIENT for _, why in self.fallback)
-        self.slabs = self._slabs()
 
     def holds(
-        self, group: dict[str, Any], state: dict[Tensor, Any], flags: tuple[Any, ...]
+        self, group: dict[str, Any], state: dict[Tensor, Any] | None, flags: tuple[Any, ...]
     ) -> bool:
-        """Whether nothing has been moved, replaced, added or removed, and no option changed."""
+        """Whether nothing has been moved, replaced, added or removed, and no option changed.
+
+        `state` None: every parameter's entry is known to be the same.
+        """
         params = group["params"]
         return (
             not self.provisional
             and flags == self.flags
             and len(params) == len(self.params)
             and all(map(is_, params, self.params))
-            and all(map(is_, map(state.get, params), self.states))
+            and (state is None or all(map(is_, map(state.get, params), self.states)))
             and all(bucket.holds() for bucket in self.buckets)
         )
-
-    def _slabs(self) -> set[slab.Slab]:
-        """The slabs in use, which live as long as a layout holds them."""
-        tensors = [p for p in self.params if is_plain(p)]
-        for bucket in self.buckets:
-            for column in bucket.columns.values():
-                tensors += column
-        return {home for home in map(slab.find, tensors) if home is not None}
 
 
 def overlapping(params: Sequence[Tensor]) -> set[int]:

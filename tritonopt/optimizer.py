@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritonopt import slab, traced
+from tritonopt import packing, traced
 from tritonopt.describe import table
 from tritonopt.device import is_capturing, path
-from tritonopt.layout import Layout, Rule, Stale, is_plain, same_layout, why_not_native
+from tritonopt.layout import Layout, Rule, Stale, why_not_native
 from tritonopt.scaling import NONE, Scaling, scaled, scaling, total_norm
 from tritonopt.shard import is_sharded, local
 from tritonopt.sweep import Sweep
@@ -25,6 +26,7 @@ class SlabOptimizer(torch.optim.Optimizer):
     _sweep: Callable[..., Sweep] = Sweep
     _compile_kwargs: dict[str, Any] | None = None
     _layouts: dict[int, Layout]  # by position in param_groups; a cache, verified at every step
+    _entries: tuple[list[Tensor], list[Any]] | None = None  # of `state`, which layouts were made of
     max_grad_norm: float | None = None  # over all groups
     grad_norm: Tensor | None = None  # before clipping, of the last step with max_grad_norm
     _options: dict[str, Any] = {}  # that torch does not have, with the values of torch's rule
@@ -188,7 +190,10 @@ class SlabOptimizer(torch.optim.Optimizer):
         for index in range(len(self.param_groups), len(self._layouts)):
             self._layouts.pop(index, None)  # of groups that were removed
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            work = [self._examine(index) for index in range(len(self.param_groups))]
+            state = None if self._has_same_entries() else self.state
+            work = [self._examine(index, state) for index in range(len(self.param_groups))]
+            if state is not None:
+                self._entries = list(state.keys()), list(state.values())
             scaling = self._scaling(work)
             if scaling is None:
                 return loss
@@ -200,10 +205,19 @@ class SlabOptimizer(torch.optim.Optimizer):
     # A scheduler wraps a step without this mark, to set `_opt_called`, in a file that dynamo skips.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
-    def _examine(self, index: int) -> tuple[Layout, list[list[Tensor | None] | None]]:
+    def _has_same_entries(self) -> bool:
+        """Whether every parameter has the dict of state that the layouts were made of."""
+        if self._entries is None or len(self.state) != len(self._entries[0]):
+            return False
+        params, entries = self._entries
+        return all(map(is_, self.state, params)) and all(map(is_, self.state.values(), entries))
+
+    def _examine(
+        self, index: int, state: dict[Tensor, Any] | None
+    ) -> tuple[Layout, list[list[Tensor | None] | None]]:
         """The group's layout as it is now, and the gradients of each of its buckets."""
         self._check(self.param_groups[index])
-        layout = self._current(index)
+        layout = self._current(index, state)
         self._check_fallback(index, layout)
         try:
             return layout, [bucket.gradients() for bucket in layout.buckets]
@@ -293,8 +307,8 @@ class SlabOptimizer(torch.optim.Optimizer):
         self._check(group)
         self._check_traced(group)
         index = next(i for i, g in enumerate(self.param_groups) if g is group)
-        slabs = self._make_state(group, [p for p in group["params"] if p.grad is not None])
-        layout = self._look(index, slabs)
+        self._make_state(group, [p for p in group["params"] if p.grad is not None])
+        layout = self._look(index)
         self._check_fallback(index, layout)
         self._before_update(group, layout)
         rest = {**group, "params": traced.fill(layout, lists[:count])}
@@ -303,11 +317,11 @@ class SlabOptimizer(torch.optim.Optimizer):
 
     # The layout.
 
-    def _current(self, index: int) -> Layout:
+    def _current(self, index: int, state: dict[Tensor, Any] | None) -> Layout:
         """The group's layout, made again where it no longer holds."""
         group = self.param_groups[index]
         layout = self._layouts.get(index)
-        holds = layout is not None and layout.holds(group, self.state, self._flags(group))
+        holds = layout is not None and layout.holds(group, state, self._flags(group))
         if not holds or any(p.grad is not None for p in layout.stateless):  # type: ignore[union-attr]
             if any(is_capturing(p.device) for p in group["params"][:1]):
                 raise RuntimeError(
@@ -315,63 +329,49 @@ class SlabOptimizer(torch.optim.Optimizer):
                     "take one step before a graph captures it"
                 )
             begun = [p for p in group["params"] if p.grad is not None or self.state.get(p)]
-            slabs = self._make_state(group, begun)
-            return self._look(index, slabs)
+            self._make_state(group, begun)
+            return self._look(index)
         assert layout is not None
         layout.steps += 1
         # What lies outside a slab is packed once it has stayed in place for a step: some users move
         # parameters or state before every step.
-        slabs = self._pack_moved(group, layout) if layout.steps == 1 else []
-        return self._look(index, slabs) if slabs else layout
+        packed = layout.steps == 1 and self._pack_moved(group, layout)
+        return self._look(index) if packed else layout
 
     def _flags(self, group: dict[str, Any]) -> tuple[Any, ...]:
         return self._rule(group), self._sweep, self._why_torch(group), group["capturable"]
 
-    def _look(self, index: int, new: Sequence[slab.Slab] = ()) -> Layout:
-        """Makes the layout, which holds the slabs it finds in use; `new` ones live until then."""
+    def _look(self, index: int) -> Layout:
+        """Makes the layout."""
         group = self.param_groups[index]
         flags, why_torch = self._flags(group), self._why_torch(group)
         rule = self._rule(group)._replace(sweep=self._sweep)
         with torch.inference_mode(False):
             layout = Layout(rule, group, self.state, flags, why_torch)
         self._layouts[index] = layout
+        self._entries = None
         return layout
 
     def _begin(self, index: int) -> None:
         """Packs a new group and makes its state: a checkpoint before the first step has it, too."""
         group = self.param_groups[index]
         params = list(dict.fromkeys(p for p in group["params"] if p.requires_grad))
-        slabs = [] if self._why_torch(group) else _pack(params)
-        slabs += self._make_state(group, params)
-        self._look(index, slabs)
+        if not self._why_torch(group):
+            packing.pack(params)
+        self._make_state(group, params)
+        self._look(index)
 
-    def _make_state(self, group: dict[str, Any], params: Iterable[Tensor]) -> list[slab.Slab]:
+    def _make_state(self, group: dict[str, Any], params: Iterable[Tensor]) -> None:
         """State for the parameters that have none yet, unless torch must make it itself."""
         rule = self._rule(group)
         if group["differentiable"]:
-            return []
+            return
         new = [p for p in params if why_not_native(p) is None and self._is_unmade(p, rule.keys)]
-        slabs = []
+        if not new:
+            return
         on_device = group["capturable"] or _has_fused_amp(self)
-        scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-        for param in filter(is_sharded, new):
-            home = param.device if on_device else torch.device("cpu")
-            self.state[param] = {"step": torch.zeros((), dtype=scalar, device=home)}
-            for key in rule.keys:  # as its parameter: sharded checkpoints need that
-                self.state[param][key] = torch.full_like(param, self._initial(key, group))
-        for batch in _by_slab([p for p in new if not is_sharded(p)]):
-            device, dtype = batch[0].device, batch[0].dtype
-            home = device if on_device else torch.device("cpu")
-            steps, memory = slab.allocate([_SCALAR] * len(batch), scalar, home, alignment=1)
-            columns = {"step": steps}
-            slabs.append(memory)
-            for key in rule.keys:
-                columns[key], memory = slab.allocate(batch, dtype, device)
-                memory.memory.fill_(self._initial(key, group))
-                slabs.append(memory)
-            for number, param in enumerate(batch):
-                self.state[param] = {key: column[number] for key, column in columns.items()}
-        return slabs
+        starts = {key: self._initial(key, group) for key in rule.keys}
+        packing.make_state(self.state, new, starts, on_device)
 
     def _is_unmade(self, param: Tensor, keys: Sequence[str]) -> bool:
         """Whether a parameter has no state, or one as new that does not fit it any more.
@@ -390,31 +390,23 @@ class SlabOptimizer(torch.optim.Optimizer):
         )
         return not fits and self._is_as_new(entry)
 
-    @torch.no_grad()
-    def _pack_moved(self, group: dict[str, Any], layout: Layout) -> list[slab.Slab]:
-        """Packs what left the slabs; no parameter of an accelerator: graphs may know its place."""
-        keys = {"step", *self._rule(group).keys}
+    def _pack_moved(self, group: dict[str, Any], layout: Layout) -> bool:
+        """Packs what left the slabs; no parameter of an accelerator: graphs may know its place.
+
+        Returns whether anything was packed.
+        """
+        keys = ("step", *self._rule(group).keys)
         native = [
             p
             for p in layout.params
-            if self.state.get(p, {}).keys() >= keys and why_not_native(p) is None
+            if self.state.get(p, {}).keys() >= {*keys} and why_not_native(p) is None
         ]
         if self._why_torch(group) or any(is_capturing(p.device) for p in native[:1]):
-            return []
-        slabs = _pack([p for p in native if p.device.type == "cpu"])
+            return False
+        packed = packing.pack([p for p in native if p.device.type == "cpu"])
         if any(p.device.type != "cpu" for p in native) and group["capturable"]:
-            return slabs
-        for key in ("step", *self._rule(group).keys):
-            moved = [p for p in native if _has_moved(self.state[p][key], p, key)]
-            for batch in _by_slab(moved, {p: self.state[p][key] for p in moved}):
-                old = [self.state[p][key] for p in batch]
-                like, alignment = (old, 1) if key == "step" else (batch, slab.ALIGNMENT)
-                new, memory = slab.allocate(like, old[0].dtype, old[0].device, alignment)
-                torch._foreach_copy_(new, old)
-                slabs.append(memory)
-                for param, tensor in zip(batch, new, strict=True):
-                    self.state[param][key] = tensor
-        return slabs
+            return packed
+        return packing.pack_state(self.state, native, keys) or packed
 
     def describe(self) -> str:
         """A table of what updates which parameters, and why any of them is not packed.
@@ -447,50 +439,3 @@ def _in_kernels(work: tuple[Layout, Any]) -> bool:
 
 def _has_fused_amp(optimizer: torch.optim.Optimizer) -> bool:
     return getattr(optimizer, "_step_supports_amp_scaling", False)
-
-
-_SCALAR = torch.empty((), device="meta")
-
-
-def _by_slab(
-    params: Iterable[Tensor], states: dict[Tensor, Tensor] | None = None
-) -> Iterator[Sequence[Tensor]]:
-    """Parameters in batches of which each, or its state, fits a slab of one device and dtype."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for param in params:
-        tensor = states[param] if states else param
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(param)
-    for (_, dtype), members in kinds.items():
-        yield from slab.batches(members, dtype)
-
-
-@torch.no_grad()
-def _pack(params: Iterable[Tensor]) -> list[slab.Slab]:
-    """Moves the parameters that may be moved into slabs."""
-    movable = [
-        p
-        for p in params
-        if why_not_native(p) is None and slab.why_not_packed(p) is None and slab.find(p) is None
-    ]
-    slabs = []
-    for batch in _by_slab(movable):
-        try:
-            pieces, memory = slab.allocate(batch, batch[0].dtype, batch[0].device)
-        except torch.OutOfMemoryError:
-            break
-        torch._foreach_copy_(pieces, list(batch))
-        for param, piece in zip(batch, pieces, strict=True):
-            param.data = piece
-        slabs.append(memory)
-    return slabs
-
-
-def _has_moved(tensor: Tensor, param: Tensor, key: str) -> bool:
-    """Whether a state tensor does not lie in a slab, in its parameter's layout, and could."""
-    if not is_plain(tensor) or tensor.numel() == 0:
-        return False
-    if slab.find(tensor) is not None and (key == "step" or same_layout(tensor, param)):
-        return False
-    if tensor.is_cpu and tensor.is_shared():
-        return False
-    return key == "step" or (tensor.device == param.device and tensor.size() == param.size())

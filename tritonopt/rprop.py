@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from tritonopt.device import is_capturing
 from tritonopt.layout import Layout, Rule
 from tritonopt.optimizer import SlabOptimizer
 from tritonopt.shard import local
-from tritonopt.slab import Slab
 
 VARIANTS = ("irprop-", "rprop-", "rprop+", "irprop+")
 
@@ -189,8 +188,8 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
     def _is_as_new(self, entry: dict[str, Any]) -> bool:
         return {"step", "prev", "step_size"} <= entry.keys() and _is_unused(entry)
 
-    def _look(self, index: int, new: Sequence[Slab] = ()) -> Layout:
-        layout = super()._look(index, new)
+    def _look(self, index: int) -> Layout:
+        layout = super()._look(index)
         layout.first = _First(  # type: ignore[attr-defined]
             [
                 (param, local(entry["step_size"]), float(local(entry["step_size"]).flatten()[0]))
@@ -277,5 +276,6 @@ def _is_unused(entry: dict[str, Any]) -> bool:
     return bool(low == high) and not bool(prev.any())
 
 
+@lru_cache(256)
 def _rounded(value: float, dtype: torch.dtype) -> float:
     return float(torch.tensor(value, dtype=dtype, device="cpu"))

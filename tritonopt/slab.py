@@ -180,12 +180,17 @@ def spans(
     return joined, alone
 
 
+def all_given(grads: Sequence[Tensor | None]) -> bool:
+    return all(map(is_not, grads, repeat(None)))
+
+
 def present(span: Span, grads: Sequence[Tensor | None]) -> Iterator[slice]:
     """The stretches of a span, counted from its start, in which every tensor has a gradient."""
-    given = list(map(is_not, grads[span.first : span.first + len(span)], repeat(None)))
-    if all(given):
+    own = grads[span.first : span.first + len(span)]
+    if all_given(own):
         yield slice(0, len(span))
         return
+    given = list(map(is_not, own, repeat(None)))
     for has_grad, stretch in groupby(range(len(span)), given.__getitem__):
         if has_grad:
             members = list(stretch)

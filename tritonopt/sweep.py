@@ -1,6 +1,6 @@
 """Applies an eager rule to many tensors in pieces that stay in the CPU's cache.
 
-Eager operators over a long tensor run from memory, one pass each. Over pieces of 2^18 elements they
+Eager operators over a long tensor run from memory, one pass each. Over pieces of 2^19 elements they
 run from cache, 5 times as fast. Small tensors that lie side by side in slabs are one piece: only
 their gradients, which autograd scatters, are gathered first.
 """
@@ -14,13 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonopt import slab
+from tritonopt import eager, slab
 
-PIECE = 2**18
-"""Elements. 2^17 to 2^19 measured alike (2 cores, 1 MiB of L2 each), 2^14 slower."""
+PIECE = 2**19
+"""Elements. 2^19 and 2^20 measured alike (2 cores, 32 MiB of L3), 2^17 a third slower."""
 
 GATHERED = 2**16
 """Elements up to which a gradient is gathered. Beyond, its copy costs what operators on it do."""
+
+SERIAL = 2**15 - 1
+"""Elements up to which torch runs an operator, `cat` included, on the calling thread."""
+
+MANY, LITTLE = 200, 2**17
+"""So many tensors keep the host busy until the other threads have fallen asleep; so few elements
+are updated in the 0.13 ms that it takes to wake them."""
 
 
 class Sweep:
@@ -36,19 +43,23 @@ class Sweep:
         columns: Sequence[Sequence[Tensor] | None],
     ) -> None:
         self.rule = rule
-        self.piece = PIECE  # of a tensor without neighbours
+        self.piece = self._piece(params)
         self.columns = [params, *columns]
         self.dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
-        self.spans, self.alone = slab.spans(self.columns, PIECE, GATHERED)
+        limit = min(self.piece, PIECE)
+        self.spans, self.alone = slab.spans(self.columns, limit, GATHERED)
+        # Of what lies in a slab: views would keep anything else from being packed.
+        self._pieces = {i: self._cut(i) for i in self.alone if slab.find(params[i]) is not None}
         longest = max(
             [0]
             + [span.offsets[-1] for span in self.spans]
-            + [min(params[index].numel(), PIECE) for index in self.alone]
+            + [min(params[index].numel(), limit) for index in self.alone]
         )
         kind: dict[str, Any] = {"dtype": self.dtype, "device": "cpu"}  # whatever the default device
         casts = [c is not None and c[0].dtype != self.dtype for c in self.columns]
         self._casts = [torch.empty(longest, **kind) if c else None for c in casts]
         self._scratch = torch.empty(2, longest, **kind)
+        self._rooms: dict[int, eager.Scratch] = {}
         self._grad = torch.zeros(longest, **kind)
         self._grads = [
             [
@@ -63,6 +74,20 @@ class Sweep:
             all(v.dim() == 1 for v in views) and sum(map(Tensor.numel, views)) == span.offsets[-1]
             for span, views in zip(self.spans, self._grads, strict=True)
         ]
+
+    def _cut(self, index: int) -> list[list[Tensor | None]]:
+        """The pieces of a tensor and its state, in the order of `columns`."""
+        count = -(-self.columns[0][index].numel() // self.piece)  # type: ignore[index]
+        cut = [
+            [None] * count if c is None else _split(c[index].detach(), self.piece)
+            for c in self.columns
+        ]
+        return list(map(list, zip(*cut, strict=True)))
+
+    def _piece(self, params: Sequence[Tensor]) -> int:
+        """Elements of a piece."""
+        asleep = len(params) >= MANY and sum(p.numel() for p in params) <= LITTLE
+        return min(SERIAL, PIECE) if asleep else PIECE
 
     def __call__(
         self, grads: Sequence[Tensor | None], factor: Tensor | None = None, **hyper: Any
@@ -79,31 +104,30 @@ class Sweep:
                     hyper["step"] = steps[span.first + part.start]
                 source: Any = grads[span.first + part.start : span.first + part.stop]
                 where = slice(span.offsets[part.start], span.offsets[part.stop])
+                grad, flats = self._grad[where], span.flats
+                if len(source) < len(span):
+                    flats = [None if flat is None else flat[where] for flat in flats]
                 if gapless:
-                    torch.cat(source, out=self._grad[where])
+                    torch.cat(source, out=grad)
                 else:
                     torch._foreach_copy_(views[part], source)
                 if factor is not None:
-                    self._grad[where].mul_(factor)
-                flats = [None if flat is None else flat[where] for flat in span.flats]
-                self._update(flats, self._grad[where], hyper)
+                    grad.mul_(factor)
+                self._update(flats, grad, hyper)
         for index in self.alone:
-            grad = grads[index]
-            if grad is not None:
+            whole = grads[index]
+            if whole is not None:
                 if steps is not None:
                     hyper["step"] = steps[index]
-                pieces = [
-                    None if column is None else _flat(column[index]).split(self.piece)
-                    for column in self.columns
-                ]
-                for number, piece in enumerate(_flat(grad).split(self.piece)):
+                rows = self._pieces.get(index) or self._cut(index)
+                for row, piece in zip(rows, _split(whole, self.piece), strict=True):
                     if factor is not None:
                         room = self._grad[: piece.numel()]
                         same = room.numel() == piece.numel()
                         piece = (room.copy_(piece) if same else piece.to(self.dtype)) * factor
-                    self._update([p and p[number] for p in pieces], piece, hyper)
+                    self._update(row, piece, hyper)
 
-    def _update(self, flats: list[Tensor | None], grad: Tensor, hyper: dict[str, Any]) -> None:
+    def _update(self, flats: Sequence[Tensor | None], grad: Tensor, hyper: dict[str, Any]) -> None:
         """One piece; half precision is computed in fp32 and rounded once."""
         numel = grad.numel()
         if grad.dtype != self.dtype:
@@ -112,11 +136,16 @@ class Sweep:
             flat if flat is None or cast is None else cast[:numel].copy_(flat)
             for flat, cast in zip(flats, self._casts, strict=True)
         ]
-        scratch = self._scratch[0][:numel], self._scratch[1][:numel]
-        self.rule(work[0], grad, *work[1:], scratch, **hyper)
+        self.rule(work[0], grad, *work[1:], self._room(numel), **hyper)
         for flat, computed in zip(flats, work, strict=True):
             if flat is not None and computed is not None and computed is not flat:
                 flat.copy_(computed)
+
+
+    def _room(self, numel: int) -> eager.Scratch:
+        if numel not in self._rooms:
+            self._rooms[numel] = eager.Scratch.of(*self._scratch[:, :numel])
+        return self._rooms[numel]
 
 
 def _stretches(
@@ -131,6 +160,11 @@ def _stretches(
         for _, same in groupby(indices, lambda index: steps[span.first + index]):
             members = list(same)
             yield slice(members[0], members[-1] + 1)
+
+
+def _split(tensor: Tensor, piece: int) -> Sequence[Tensor]:
+    flat = tensor if tensor.dim() == 1 else _flat(tensor)
+    return (flat,) if flat.numel() <= piece else flat.split(piece)
 
 
 def _flat(tensor: Tensor) -> Tensor:

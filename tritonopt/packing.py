@@ -1,0 +1,102 @@
+"""Moves parameters into slabs and makes their state there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonopt import slab
+from tritonopt.layout import is_plain, same_layout, why_not_native
+from tritonopt.shard import is_sharded
+
+
+@torch.no_grad()
+def pack(params: Iterable[Tensor]) -> bool:
+    """Moves the parameters that may be moved into slabs; whether there were any."""
+    movable = [
+        p
+        for p in params
+        if why_not_native(p) is None and slab.why_not_packed(p) is None and slab.find(p) is None
+    ]
+    packed = False
+    for batch in by_slab(movable):
+        try:
+            pieces, _ = slab.allocate(batch, batch[0].dtype, batch[0].device)
+        except torch.OutOfMemoryError:
+            break
+        torch._foreach_copy_(pieces, list(batch))
+        for param, piece in zip(batch, pieces, strict=True):
+            param.data = piece
+        packed = True
+    return packed
+
+
+def make_state(
+    state: MutableMapping[Tensor, Any],
+    params: Sequence[Tensor],
+    starts: Mapping[str, float],
+    on_device: bool,
+) -> None:
+    """State of each parameter's shape that begins with `starts`, and a count of steps."""
+    scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    for param in filter(is_sharded, params):
+        home = param.device if on_device else torch.device("cpu")
+        state[param] = {"step": torch.zeros((), dtype=scalar, device=home)}
+        for key, start in starts.items():  # as its parameter: sharded checkpoints need that
+            state[param][key] = torch.full_like(param, start)
+    for batch in by_slab([p for p in params if not is_sharded(p)]):
+        device, dtype = batch[0].device, batch[0].dtype
+        home = device if on_device else torch.device("cpu")
+        steps, _ = slab.allocate([_SCALAR] * len(batch), scalar, home, alignment=1)
+        columns = {"step": steps}
+        for key, start in starts.items():
+            columns[key], memory = slab.allocate(batch, dtype, device)
+            memory.memory.fill_(start)
+        for number, param in enumerate(batch):
+            state[param] = {key: column[number] for key, column in columns.items()}
+
+
+@torch.no_grad()
+def pack_state(state: Mapping[Tensor, Any], params: Sequence[Tensor], keys: Sequence[str]) -> bool:
+    """Moves state that does not lie in a slab; whether there was any."""
+    packed = False
+    for key in keys:
+        moved = [p for p in params if _has_moved(state[p][key], p, key)]
+        for batch in by_slab(moved, {p: state[p][key] for p in moved}):
+            old = [state[p][key] for p in batch]
+            like, alignment = (old, 1) if key == "step" else (batch, slab.ALIGNMENT)
+            new, _ = slab.allocate(like, old[0].dtype, old[0].device, alignment)
+            torch._foreach_copy_(new, old)
+            packed = True
+            for param, tensor in zip(batch, new, strict=True):
+                state[param][key] = tensor
+    return packed
+
+
+_SCALAR = torch.empty((), device="meta")
+
+
+def by_slab(
+    params: Iterable[Tensor], states: dict[Tensor, Tensor] | None = None
+) -> Iterator[Sequence[Tensor]]:
+    """Parameters in batches of which each, or its state, fits a slab of one device and dtype."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for param in params:
+        tensor = states[param] if states else param
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(param)
+    for (_, dtype), members in kinds.items():
+        yield from slab.batches(members, dtype)
+
+
+def _has_moved(tensor: Tensor, param: Tensor, key: str) -> bool:
+    """Whether a state tensor does not lie in a slab, in its parameter's layout, and could."""
+    if not is_plain(tensor) or tensor.numel() == 0:
+        return False
+    if slab.find(tensor) is not None and (key == "step" or same_layout(tensor, param)):
+        return False
+    if tensor.is_cpu and tensor.is_shared():
+        return False
+    return key == "step" or (tensor.device == param.device and tensor.size() == param.size())
