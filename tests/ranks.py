@@ -163,6 +163,29 @@ def clipped(ours, theirs, folder):
         torch.testing.assert_close(param.full_tensor(), twin)
 
 
+def loss_scale(ours, theirs, folder):
+    """An infinite gradient on one rank skips the step on all, with the fused protocol, too."""
+
+    def run(make, **kwargs):
+        model = sharded()
+        optimizer = make(model.parameters(), **kwargs)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step in range(4):
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
+            loss = model(torch.randn(8, 4, generator=generator)).square().mean()
+            scaler.scale(loss).backward()
+            if step % 3 == 0 and dist.get_rank() == 1:
+                next(model.parameters()).grad.to_local()[0] = torch.inf
+            scaler.step(optimizer)
+            scaler.update()
+        steps = {float(optimizer.state[p]["step"]) for p in model.parameters()}
+        assert steps == {2.0} and scaler.get_scale() == 256.0
+        return result(model, optimizer)
+
+    assert_equal(run(ours, fused_amp=True), run(ours))
+
+
 def zero(make, bucket_view):
     model = network()
     wrapped = DistributedDataParallel(model)
@@ -259,6 +282,7 @@ def scenarios():
     """Readable ids, and what to do with our class, torch's, and a folder."""
     rows = {title: functools.partial(compare, run) for title, run in ENGINES.items()}
     rows["fsdp2, clipped inside the step"] = clipped
+    rows["fsdp2, loss scale"] = loss_scale
     for engine, options, way in itertools.product(WRAP, OPTIONS, WAYS):
         if (engine, options) == ("fsdp1", "sharded"):
             continue  # torch cannot load what it saved there: it looks for "param_groups."

@@ -144,7 +144,7 @@ def test_cast_before_the_first_step(name):
 def test_accelerate(name):
     accelerate = pytest.importorskip("accelerate")
 
-    def train(make, resumed_by):
+    def train(make):
         accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
         model = network()
         optimizer = make(model.parameters(), lr=0.01)
@@ -167,7 +167,38 @@ def test_accelerate(name):
         steps(batches()[4:])
         return {key: value.clone() for key, value in model.state_dict().items()}
 
-    assert_equal(train(OURS[name], OURS), train(TORCH[name], TORCH))
+    assert_equal(train(OURS[name]), train(TORCH[name]))
+
+
+@pytest.mark.parametrize("writer, reader", [(OURS, TORCH), (TORCH, OURS)], ids=["to", "from"])
+def test_accelerate_across(name, writer, reader):
+    """State that was saved with one class is loaded with the other."""
+    accelerate = pytest.importorskip("accelerate")
+
+    def train(classes):
+        accelerator = accelerate.Accelerator(cpu=True)
+        model = network()
+        model, optimizer = accelerator.prepare(
+            model, classes[0][name](model.parameters(), lr=0.01)
+        )
+        for x, y in batches():
+            accelerator.backward((model(x) - y).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        accelerator.save_state("state")
+        accelerator.free_memory()
+        fresh = network()
+        fresh, optimizer = accelerator.prepare(
+            fresh, classes[1][name](fresh.parameters(), lr=0.02)
+        )
+        accelerator.load_state("state")
+        for x, y in batches():
+            accelerator.backward((fresh(x) - y).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        return {key: value.clone() for key, value in fresh.state_dict().items()}
+
+    assert_equal(train((writer, reader)), train((TORCH, TORCH)))
 
 
 class Regression(nn.Module):
@@ -205,15 +236,17 @@ def test_hugging_face_trainer(way, name):
             given = {"optimizers": (make(model.parameters(), lr=0.01), None)}
         return transformers.Trainer(model, arguments, train_dataset=Rows(), **given), model
 
-    def train(make):
-        trainer(make, 1)[0].train()
-        resumed, model = trainer(make, 3)
+    def train(first, then):
+        trainer(first[name], 1)[0].train()
+        resumed, model = trainer(then[name], 3)
         resumed.train(resume_from_checkpoint=True)
         return model.state_dict()
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert_equal(train(OURS[name]), train(TORCH[name]))
+        expected = train(TORCH, TORCH)
+        for first, then in ((OURS, OURS), (OURS, TORCH), (TORCH, OURS)):
+            assert_equal(train(first, then), expected)
 
 
 def test_safetensors(name):

@@ -237,14 +237,22 @@ class Data(lightning.LightningDataModule):
 
 @names
 def test_command_line(name):
+    """With the arguments of the README's command."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    command = next(line for line in readme.splitlines() if line.startswith("python train.py "))
+    fit, *arguments = command.split()[2:]
+
     def run(library):
         options = [f"--trainer.{key}={str(value).lower()}" for key, value in QUIET.items()]
-        given = [f"--optimizer={library}.{name}", "--optimizer.lr=0.003"]
+        given = [a.replace("tritonopt.RMSprop", f"{library}.{name}") for a in arguments]
+        assert f"{library}.{name}" in given
         schedule = ["--lr_scheduler=torch.optim.lr_scheduler.StepLR", "--lr_scheduler.step_size=1"]
         cli = LightningCLI(
-            Configurable, Data, args=["fit", *options, *given, *schedule],
+            Configurable, Data, args=[fit, *options, *given, *schedule],
             save_config_callback=None, seed_everything_default=0,
         )  # fmt: skip
+        (optimizer,) = cli.trainer.optimizers
+        assert isinstance(optimizer, (OURS if library == "tritonopt" else TORCH)[name])
         return outcome(cli.trainer, cli.model)
 
     assert_equal(run("tritonopt"), run("torch.optim"))

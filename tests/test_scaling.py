@@ -5,7 +5,9 @@ import pickle
 
 import pytest
 import torch
-from cases import OURS, give_gradients, parameters
+from cases import OURS, TORCH, give_gradients, parameters
+
+from tritonopt.device import path
 
 LIMIT = {torch.float32: 1e-6, torch.float64: 1e-14}
 """Relative: the factor of a clipped gradient is rounded once less than in two passes."""
@@ -168,3 +170,73 @@ def test_differentiable_is_refused(name):
 
 def test_no_option_no_protocol(name):
     assert not hasattr(OURS[name](parameters()), "_step_supports_amp_scaling")
+
+
+@pytest.mark.parametrize("options", [{"fused_amp": True}, {"max_grad_norm": 1.0}], ids=str)
+def test_traced_steps_are_refused(name, options):
+    (param,) = parameters([(3,)])
+    param.grad = torch.ones(3)
+    optimizer = OURS[name]([param], **options)
+    with pytest.raises(Exception, match="max_grad_norm and fused_amp need a step that is not tr"):
+        torch.compile(optimizer.step, backend="eager")()
+
+
+def test_a_compiled_step_scales_and_clips(name):
+    """:meth:`compile` is for the rule alone: around it, everything is as before."""
+    ours, params, theirs, copies = pair(name, fused_amp=True, max_grad_norm=0.5)
+    ours.compile(backend="eager")
+    for _ in range(2):
+        give_gradients(params, copies)
+        torch.nn.utils.clip_grad_norm_(copies, 0.5)
+        ours.step()
+        theirs.step()
+        assert_close(ours, params, theirs, copies, 1e-5)
+
+
+def test_a_norm_over_groups_is_one_launch(name, device):
+    """In kernels; the same gradients give the same bits, wherever the groups begin."""
+    if path(device)[0] != "kernel":
+        pytest.skip("no kernels here")
+    from tritonopt.kernels import launch
+
+    launches = []
+    kernel = launch.square_sum_kernel
+
+    class Recorder:
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return kernel[grid]
+
+    ours, params, _, copies = pair(name, device, max_grad_norm=0.5)
+    other = OURS[name](copies, max_grad_norm=0.5)
+    give_gradients(params, copies)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "square_sum_kernel", Recorder())
+        ours.step()
+        other.step()
+    assert len(launches) == 2
+    assert torch.equal(ours.grad_norm, other.grad_norm)
+
+
+def test_a_group_without_parameters(name):
+    """torch allows one; it has no device to put a norm on."""
+    (param,) = parameters([(3,)])
+    optimizer = OURS[name]([{"params": []}, {"params": [param]}], max_grad_norm=1.0)
+    optimizer.step()
+    assert optimizer.grad_norm == 0
+    param.grad = torch.ones(3)
+    optimizer.step()
+    torch.testing.assert_close(optimizer.grad_norm, torch.tensor(3.0).sqrt())
+
+
+def test_loaded_steps_count_where_skips_are_known(name):
+    """A checkpoint's `step` lies on the CPU, a skip on the device: no step may wait for it."""
+    (param,) = parameters([(3,)])
+    param.grad = torch.ones(3)
+    writer = TORCH[name]([param])
+    writer.step()
+    there = torch.nn.Parameter(torch.ones(3, device="meta"))
+    reader = OURS[name]([there], fused_amp=True)
+    reader.load_state_dict(writer.state_dict())
+    assert reader.state[there]["step"].device == there.device
+    assert writer.state[param]["step"].is_cpu

@@ -67,6 +67,10 @@ class SlabOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_layouts", {})
+        if _has_fused_amp(self):  # a skipped step is not counted, which only the device knows
+            for param, entry in self.state.items():
+                if isinstance(param, Tensor) and isinstance(entry.get("step"), Tensor):
+                    entry["step"] = entry["step"].to(param.device)
         if self._compile_kwargs is not None:
             self.compile(**self._compile_kwargs)
 
