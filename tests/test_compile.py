@@ -143,6 +143,25 @@ def test_reads_before_see_the_old_values_and_after_the_new(name, backend):
             torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_reads_of_step_before_and_after(name, backend):
+    ours, theirs = optimizers(name, parameters(((3,), (2,))))
+
+    def read_step_read(optimizer):
+        steps = [optimizer.state[p]["step"] for p in optimizer.param_groups[0]["params"]]
+        before = [1 - 0.9**step for step in steps]
+        optimizer.step()
+        return before, [step * 2 for step in steps]
+
+    with torch.no_grad():
+        for _ in range(2):
+            give_gradients(ours, theirs)
+            result = torch.compile(read_step_read, backend=backend, fullgraph=True)(ours)
+            torch.testing.assert_close(result, read_step_read(theirs))
+    assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_function_with_model_and_step(name):
     def train(model, optimizer, x):

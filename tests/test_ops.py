@@ -1,6 +1,7 @@
 """The ops against the eager rule: opcheck, any plain tensors, clear errors, no leaks."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.library import opcheck
 from torch.optim.rmsprop import rmsprop
 from torch.optim.rprop import rprop
 
-import tritonopt
+from tritonopt import ops
 from tritonopt.device import path
 
 OPS = torch.ops.tritonopt
@@ -196,13 +197,31 @@ def test_moved_tensors_are_updated_where_they_lie():
 
 def test_nothing_outlives_its_tensors():
     gc.collect()
-    before = len(tritonopt.ops._plans)
+    before = len(ops._plans)
     arg = arguments("rprop_")
     step("rprop_", arg)
-    assert len(tritonopt.ops._plans) == before + 1
+    assert len(ops._plans) == before + 1
     del arg
     gc.collect()
-    assert len(tritonopt.ops._plans) == before
+    assert len(ops._plans) == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_of_what_has_moved_or_is_gone_is_released(name):
+    params, grads, *states, steps = arguments(name, [(100, 100)] * 6)
+
+    step(name, [params, grads, *states, steps])
+    plans = weakref.WeakSet(ops._plans[states[0][0]])
+    for p in params:
+        p.data = p.data.clone()
+    step(name, [params, grads, *states, steps])
+    gc.collect()
+    assert len(plans) == 0  # of the place where they were
+    plans.update(ops._plans[states[0][0]])
+    assert len(plans) == 1
+    del states  # the optimizer is gone, the model stays
+    gc.collect()
+    assert len(plans) == 0
 
 
 def test_state_of_stock_optimizers(device):

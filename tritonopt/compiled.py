@@ -44,12 +44,15 @@ class CompiledSweep(Sweep):
             name: torch.tensor(float(value), dtype=torch.float64) if name in LIVE else value
             for name, value in hyper.items()
         }
+        # Not as views: guards on what they are views of would tell spans from large tensors.
+        bare = [flat if flat is None else flat.data for flat in flats]
         if self._graph is None:
             dtypes = [flat if flat is None else flat.dtype for flat in (*flats, grad)]
             self._graph = _graph(self.rule, dtypes, hyper, self.kwargs)
-        # Not as views: guards on what they are views of would tell spans from large tensors.
-        bare = [flat if flat is None else flat.data for flat in flats]
-        self._graph(self.rule, self.dtype, bare, grad.data, hyper)
+            with torch._dynamo.config.patch(specialize_float=True):  # here it is compiled
+                self._graph(self.rule, self.dtype, bare, grad.data, hyper)
+        else:
+            self._graph(self.rule, self.dtype, bare, grad.data, hyper)
 
 
 def _graph(

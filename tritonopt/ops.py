@@ -24,6 +24,7 @@ Raises:
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -68,10 +69,10 @@ SCHEMAS = {  # Scalar and not float: a float of a schema is a constant to the co
 }
 
 RECENT_PLANS = 4
-"""For one first parameter: which others have gradients may alternate between a few patterns."""
+"""Which parameters have gradients may alternate between a few patterns."""
 
 _library = torch.library.Library("tritonopt", "DEF")
-_plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by the first parameter
+_plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by the first state tensor
 
 
 def rmsprop_(
@@ -134,9 +135,11 @@ def _update(
 ) -> None:
     if not params:
         return
-    recent = _plans.setdefault(params[0], [])
+    first = columns[0][0] if columns[0] else params[0]  # gone with the optimizer, or a new state
+    recent = _plans.setdefault(first, [])
     plan = next((p for p in recent if p.fits(name, params, grads, columns, steps)), None)
     if plan is None:
+        recent[:] = [p for p in recent if p.is_current()]
         plan = Plan(name, params, grads, columns, steps)
         recent.insert(0, plan)
         del recent[RECENT_PLANS:]
@@ -162,6 +165,7 @@ class Plan:
         self.lengths = [len(column) for column in (params, grads, *columns, steps)]
         tensors = [*params, *steps, *(t for column in columns for t in column)]
         self.addresses = list(map(Tensor.data_ptr, tensors))
+        self._owners = list(map(weakref.ref, tensors))
         self.guards = Guards([*tensors, *grads])
         self.looks = list(map(_look, [*tensors, *grads]))
 
@@ -232,6 +236,12 @@ class Plan:
             return False
         tensors += grads
         return self.guards.fit(tensors) or list(map(_look, tensors)) == self.looks
+
+    def is_current(self) -> bool:
+        """Whether its tensors are alive and have not moved: else it only keeps memory."""
+        tensors = [owner() for owner in self._owners]
+        alive = all(tensor is not None for tensor in tensors)
+        return alive and [t.data_ptr() for t in tensors if t is not None] == self.addresses
 
     def __call__(self, grads: Sequence[Tensor], hyper: dict[str, Any], counts: bool) -> None:
         for flat in self.steps:

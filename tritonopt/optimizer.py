@@ -295,7 +295,7 @@ class SlabOptimizer(torch.optim.Optimizer):
         self._compile_kwargs = kwargs
         self._sweep = partial(CompiledSweep, **kwargs)
 
-    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> bool:
+    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> int:
         """Torch's, and, given twice as many lists, what a traced step works on.
 
         Dynamo does not trace this method: it runs it while it traces, and knows of every tensor in
@@ -313,7 +313,9 @@ class SlabOptimizer(torch.optim.Optimizer):
         self._before_update(group, layout)
         rest = {**group, "params": traced.fill(layout, lists[:count])}
         self._opt_called = True
-        return bool(super()._init_group(rest, *lists[count:]))  # type: ignore[misc]
+        known = traced.are_known(lists[count - 1])
+        has_complex = super()._init_group(rest, *lists[count:])  # type: ignore[misc]
+        return traced.HAS_COMPLEX * bool(has_complex) + traced.STEPS_ARE_KNOWN * known
 
     # The layout.
 

@@ -161,7 +161,7 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
 
     def _torch_update(self, group: dict[str, Any]) -> None:
         lists: list[list[Tensor]] = [[] for _ in range(6)]
-        self._functional(group, lists, self._init_group(group, *lists))
+        self._functional(group, lists, bool(self._init_group(group, *lists)))
 
     def _functional(self, group: dict[str, Any], lists: Any, has_complex: bool) -> None:
         params, grads, square_avgs, momentum_buffers, grad_avgs, steps = lists

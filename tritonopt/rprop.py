@@ -138,7 +138,7 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
 
     def _torch_update(self, group: dict[str, Any]) -> None:
         lists: list[list[Tensor]] = [[] for _ in range(5)]
-        self._functional(group, lists, self._init_group(group, *lists))
+        self._functional(group, lists, bool(self._init_group(group, *lists)))
 
     def _functional(self, group: dict[str, Any], lists: Any, has_complex: bool) -> None:
         params, grads, prevs, step_sizes, steps = lists

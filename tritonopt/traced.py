@@ -14,6 +14,9 @@ from torch import Tensor
 
 from tritonopt.layout import Layout
 
+HAS_COMPLEX, STEPS_ARE_KNOWN = 1, 2
+"""What `_init_group` tells the traced step, as bits: dynamo takes nothing but a constant."""
+
 
 def step(optimizer: Any, closure: Callable[[], Any] | None) -> Any:
     loss = None
@@ -24,10 +27,10 @@ def step(optimizer: Any, closure: Callable[[], Any] | None) -> Any:
         for group in optimizer.param_groups:
             native: list[list[Any]] = [[] for _ in range(optimizer._lists)]
             rest: list[list[Any]] = [[] for _ in range(optimizer._lists)]
-            has_complex = optimizer._init_group(group, *native, *rest)
+            found = optimizer._init_group(group, *native, *rest)
             group = {**group, "foreach": group["foreach"] or False}
-            pairs = detour(native)
-            optimizer._traced_update(group, native, rest, has_complex)
+            pairs = detour(native, bool(found & STEPS_ARE_KNOWN))
+            optimizer._traced_update(group, native, rest, bool(found & HAS_COMPLEX))
             for tensor, copy in pairs:
                 tensor.copy_(copy)
     return loss
@@ -50,15 +53,25 @@ def fill(layout: Layout, lists: Sequence[list[Any]]) -> list[Tensor]:
     return [param for param, _ in layout.fallback]
 
 
-def detour(lists: Sequence[list[Any]]) -> list[tuple[Tensor, Tensor]]:
+def are_known(tensors: Sequence[Tensor]) -> bool:
+    """Whether the graph that is being traced has any of the tensors already."""
+    context = torch._guards.TracingContext.try_get()
+    if context is None or context.fake_mode is None:
+        return False
+    converter = context.fake_mode.fake_tensor_converter
+    return any(converter._get_memo(tensor) is not None for tensor in tensors)
+
+
+def detour(lists: Sequence[list[Any]], with_steps: bool) -> list[tuple[Tensor, Tensor]]:
     """Puts copies in the place of tensors without dimensions; the copies are copied back.
 
     Inductor computes what a graph returns of such a tensor, read before a custom op writes it,
     after the op (torch 2.11 to 2.15). Reads before a copy it gets right; it elides a mere clone.
+    Steps are many, so they take part only where the graph may have read them.
     """
     pairs = []
-    params, _, *columns, _ = lists
-    for column in (params, *columns):
+    params, _, *columns, steps = lists
+    for column in (params, *columns, *([steps] if with_steps else [])):
         for index, tensor in enumerate(column):
             if tensor.dim() == 0:
                 column[index] = tensor.neg().neg()
