@@ -162,6 +162,46 @@ def test_reads_of_step_before_and_after(name, backend):
     assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_scalars_of_float64(name, backend):
+    """torch.compile loses what operators of torch write there."""
+    params = [torch.nn.Parameter(torch.randn((), dtype=torch.float64)) for _ in range(2)]
+    ours, theirs = optimizers(name, params)
+    step = torch.compile(ours.step, backend=backend, fullgraph=True)
+    for _ in range(3):
+        give_gradients(ours, theirs)
+        step()
+        theirs.step()
+    assert_close(ours, theirs)
+
+
+def test_scalars_of_float64_that_are_read_first():
+    param = torch.nn.Parameter(torch.randn((), dtype=torch.float64))
+    param.grad = torch.ones_like(param)
+    optimizer = OURS["RMSprop"]([param])
+
+    def read_and_step():
+        before = optimizer.state[param]["square_avg"] * 2
+        optimizer.step()
+        return before
+
+    with pytest.raises(Exception, match="step outside of the compiled function"):
+        torch.compile(read_and_step, backend="aot_eager", fullgraph=True)()
+
+
+@pytest.mark.parametrize("kwargs", [{"bias_correction": True}, {"decoupled_weight_decay": True}])
+def test_tensor_lr_is_rounded_as_in_eager(kwargs):
+    kwargs |= {"momentum": 0.9, "weight_decay": 0.1}
+    ours, theirs = optimizers("RMSprop", parameters(), lr=torch.tensor(0.01), **kwargs)
+    step = torch.compile(ours.step, backend="aot_eager", fullgraph=True)
+    for _ in range(10):
+        give_gradients(ours, theirs)
+        step()
+        theirs.step()
+    assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_function_with_model_and_step(name):
     def train(model, optimizer, x):

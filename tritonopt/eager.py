@@ -61,6 +61,8 @@ def rmsprop_(
     step: float | None = None,
 ) -> None:
     """`step` is the number of steps with this one, for bias correction; None: no correction."""
+    if isinstance(lr, Tensor):
+        lr = lr.double()  # type: ignore[assignment]  # its products are rounded as a float's
     if maximize:
         grad = torch.neg(grad, out=scratch.first)
     if weight_decay != 0 and not decoupled_weight_decay:

@@ -313,6 +313,7 @@ class SlabOptimizer(torch.optim.Optimizer):
         self._before_update(group, layout)
         rest = {**group, "params": traced.fill(layout, lists[:count])}
         self._opt_called = True
+        traced.check_reads(lists[:count])
         known = traced.are_known(lists[count - 1])
         has_complex = super()._init_group(rest, *lists[count:])  # type: ignore[misc]
         return traced.HAS_COMPLEX * bool(has_complex) + traced.STEPS_ARE_KNOWN * known

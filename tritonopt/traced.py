@@ -62,18 +62,39 @@ def are_known(tensors: Sequence[Tensor]) -> bool:
     return any(converter._get_memo(tensor) is not None for tensor in tensors)
 
 
+def loses_writes(tensor: Tensor) -> bool:
+    """Whether torch.compile takes the tensor for a Python float that became a tensor.
+
+    It forgets what operators of torch write there (torch 2.11 to 2.15), though not what ours do.
+    """
+    is_scalar = tensor.dim() == 0 and tensor.dtype == torch.float64 and tensor.device.type == "cpu"
+    return is_scalar and not isinstance(tensor, torch.nn.Parameter)
+
+
+def check_reads(lists: Sequence[list[Any]]) -> None:
+    """Raises where neither the op nor its detour would be compiled rightly."""
+    params, _, *columns = lists
+    scalars = [t for column in (params, *columns) for t in column if loses_writes(t)]
+    if are_known(scalars):
+        raise ValueError(
+            "torch.compile does not get a float64 scalar right that a graph reads before the "
+            "optimizer writes it: step outside of the compiled function"
+        )
+
+
 def detour(lists: Sequence[list[Any]], with_steps: bool) -> list[tuple[Tensor, Tensor]]:
     """Puts copies in the place of tensors without dimensions; the copies are copied back.
 
     Inductor computes what a graph returns of such a tensor, read before a custom op writes it,
     after the op (torch 2.11 to 2.15). Reads before a copy it gets right; it elides a mere clone.
-    Steps are many, so they take part only where the graph may have read them.
+    Steps are many, so they take part only where the graph may have read them. What would lose the
+    copy back is left as it is: see `loses_writes`.
     """
     pairs = []
     params, _, *columns, steps = lists
     for column in (params, *columns, *([steps] if with_steps else [])):
         for index, tensor in enumerate(column):
-            if tensor.dim() == 0:
+            if tensor.dim() == 0 and not loses_writes(tensor):
                 column[index] = tensor.neg().neg()
                 pairs.append((tensor, column[index]))
     return pairs
