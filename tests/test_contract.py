@@ -237,6 +237,35 @@ def test_all_hooks(name):
     assert all(who is ours for _, who in calls)
 
 
+STEP_HOOKS = {
+    "global pre": lambda _, hook: register_optimizer_step_pre_hook(hook),
+    "global post": lambda _, hook: register_optimizer_step_post_hook(hook),
+    "pre": lambda optimizer, hook: optimizer.register_step_pre_hook(hook),
+    "post": lambda optimizer, hook: optimizer.register_step_post_hook(hook),
+}
+
+
+@pytest.mark.parametrize("register", STEP_HOOKS.values(), ids=STEP_HOOKS)
+def test_a_step_hook_alone(name, register):
+    params = parameters(SHAPES)
+    ours = OURS[name](params)
+    one_step(ours, params)
+    calls = []
+    handle = register(ours, lambda optimizer, args, kwargs: calls.append(optimizer))
+    one_step(ours, params)
+    handle.remove()
+    one_step(ours, params)
+    assert calls == [ours]
+
+
+def test_a_profiler_sees_the_step(name):
+    params = parameters(SHAPES)
+    ours = OURS[name](params)
+    with torch.profiler.profile() as profile:
+        one_step(ours, params)
+    assert f"Optimizer.step#{name}.step" in {event.key for event in profile.key_averages()}
+
+
 def test_a_pre_hook_that_changes_everything(name):
     params = parameters(SHAPES)
     ours, theirs, copies = twins(name, params)

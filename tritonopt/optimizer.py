@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import partial, wraps
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import _profiler_enabled
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from tritonopt import packing, traced
 from tritonopt.describe import table
@@ -163,6 +165,19 @@ class SlabOptimizer(torch.optim.Optimizer):
         return None
 
     # The step.
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """Torch's, which it spares a step that no hook belongs to and no profiler watches."""
+        watched = torch.optim.Optimizer.profile_hook_step(func)
+
+        @wraps(func)
+        def step(self: SlabOptimizer, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling() or _profiler_enabled() or _has_step_hooks(self):
+                return watched(self, *args, **kwargs)
+            return func(self, *args, **kwargs)
+
+        return step
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Performs one optimization step.
@@ -438,6 +453,15 @@ def _in_kernels(work: tuple[Layout, Any]) -> bool:
     """Whether kernels alone update the layout's parameters."""
     layout, _ = work
     return not layout.fallback and all(path(b.device)[0] == "kernel" for b in layout.buckets)
+
+
+def _has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    return bool(
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+    )
 
 
 def _has_fused_amp(optimizer: torch.optim.Optimizer) -> bool:
