@@ -29,7 +29,7 @@ class Effort(NamedTuple):
     limits: dict[str, float]  # seconds of a part
 
 
-CPU = Effort(4.0, COMPILED_UP_TO, compile_time.COUNTS, 120, {})
+CPU = Effort(2.0, COMPILED_UP_TO, compile_time.COUNTS, 75, {})
 GPU = Effort(
     0.3, {"compiled": 64, "backend": 200}, (200,), 25,
     {"steps": 170, "curve": 50, "counts": 25, "memory": 15, "host": 20, "compile": 55, "tune": 85},
