@@ -131,7 +131,7 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         return float(group["lr"]) if key == "step_size" else 0.0
 
     def _why_torch(self, group: dict[str, Any]) -> str | None:
-        etaminus, etaplus = (_rounded(eta, torch.float32) for eta in group["etas"])
+        etaminus, etaplus = (_rounded(float(eta), torch.float32) for eta in group["etas"])
         if not 0 < etaminus < 1 < etaplus:  # possible in a group: torch validates defaults only
             return f"etas={group['etas']}"
         return super()._why_torch(group)

@@ -29,6 +29,9 @@ MANY, LITTLE = 200, 2**17
 """So many tensors keep the host busy until the other threads have fallen asleep; so few elements
 are updated in the 0.13 ms that it takes to wake them."""
 
+RECENT_ROOMS = 64
+"""Lengths whose scratch is kept as views. Where gradients are missing, any length may occur."""
+
 
 class Sweep:
     """The update of `params` and their state, which must not move as long as it is used.
@@ -141,9 +144,10 @@ class Sweep:
             if flat is not None and computed is not None and computed is not flat:
                 flat.copy_(computed)
 
-
     def _room(self, numel: int) -> eager.Scratch:
         if numel not in self._rooms:
+            if len(self._rooms) >= RECENT_ROOMS:
+                self._rooms.clear()
             self._rooms[numel] = eager.Scratch.of(*self._scratch[:, :numel])
         return self._rooms[numel]
 
