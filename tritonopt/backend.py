@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from tritonopt import ops as ops
+from tritonopt.inductor import inductor
 from tritonopt.rewrite import Report, Rewrite
 
 _listeners: list[list[Report]] = []
@@ -43,7 +44,7 @@ def tritonopt(
         reports.append(rewrite.report)
     if replaced and _is_update_only(module):
         return _Calls(module)
-    return _inductor(module, inputs, mode, options)
+    return inductor(module, inputs, mode=mode, options=options)
 
 
 class Explanation(list[Report]):
@@ -77,17 +78,6 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
         _listeners.remove(reports)
         torch._dynamo.reset()
     return reports
-
-
-def _inductor(
-    module: GraphModule, inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None
-) -> Callable[..., Any]:
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
-    given = {name.replace("-", "_"): value for name, value in (options or {}).items()}
-    patches = {**(list_mode_options(mode) if mode else {}), **given}
-    return compile_fx(module, inputs, config_patches=patches)  # type: ignore[return-value,arg-type]
 
 
 def _is_update_only(module: GraphModule) -> bool:

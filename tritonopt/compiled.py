@@ -6,20 +6,28 @@ spans and large tensors of all sizes share it.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import GlobalStateGuard
+from torch._dynamo import eval_frame
 
 from tritonopt.eager import Scratch
-from tritonopt.sweep import Sweep
+from tritonopt.inductor import inductor, trust_processor
+from tritonopt.sweep import RECENT_ROOMS, SERIAL, Sweep
 
 LIVE = ("lr", "momentum", "step")
 """What changes from step to step: tensors of the graph. Other hyperparameters are its constants."""
 
-_graphs: dict[Any, Callable[..., None]] = {}
+SERIAL_LOOP, PARALLEL_LOOP = {"cpp.threads": 1}, {"cpp.dynamic_threads": True}
+"""Of Inductor, which lets the first size that it compiles for decide for all, on disk even."""
+
+_graphs: dict[Any, Graph] = {}
 
 
 class CompiledSweep(Sweep):
@@ -32,60 +40,145 @@ class CompiledSweep(Sweep):
     ) -> None:
         super().__init__(rule, params, columns)
         self.kwargs = kwargs
-        self._graph: Callable[..., None] | None = None
+        self._graphs: dict[bool, Graph] = {}  # by whether many elements are updated at once
+        self._shortcuts: dict[tuple[int, torch.dtype], Shortcut] = {}  # of gradients
 
     def _piece(self, params: Sequence[Tensor]) -> int:
         return 2**62  # a fused loop needs no pieces that stay in cache
 
     def _update(self, flats: Sequence[Tensor | None], grad: Tensor, hyper: dict[str, Any]) -> None:
-        if grad.numel() < 2:  # sizes 0 and 1 would each be a graph of their own
-            return super()._update(flats, grad, hyper)
-        hyper = {
-            name: torch.tensor(float(value), dtype=torch.float64) if name in LIVE else value
-            for name, value in hyper.items()
-        }
+        kind = grad.numel(), grad.dtype
+        shortcut = self._shortcuts.get(kind)
+        if shortcut is not None and shortcut.fits(hyper):
+            shortcut.take(grad, flats)
+        elif grad.numel() < 2:  # sizes 0 and 1 would each be a graph of their own
+            super()._update(flats, grad, hyper)
+        else:
+            shortcut = self._through_dynamo(flats, grad, hyper)
+            if len(self._shortcuts) >= RECENT_ROOMS:
+                self._shortcuts.clear()
+            if shortcut is not None:
+                self._shortcuts[kind] = shortcut
+
+    def _through_dynamo(
+        self, flats: Sequence[Tensor | None], grad: Tensor, hyper: dict[str, Any]
+    ) -> Shortcut | None:
+        """Updates; how to do the same without dynamo, if that can be told."""
+        live = {name: _input(name, value) for name, value in hyper.items()}
         # Not as views: guards on what they are views of would tell spans from large tensors.
         bare = [flat if flat is None else flat.data for flat in flats]
-        if self._graph is None:
+        grad = grad.data
+        numel = grad.numel()
+        graph = self._graphs.get(numel > SERIAL)
+        if graph is None:
             dtypes = [flat if flat is None else flat.dtype for flat in (*flats, grad)]
-            self._graph = _graph(self.rule, dtypes, hyper, self.kwargs)
+            graph = _graph(self.rule, dtypes, numel > SERIAL, live, self.kwargs)
+            self._graphs[numel > SERIAL] = graph
             with torch._dynamo.config.patch(specialize_float=True):  # here it is compiled
-                self._graph(self.rule, self.dtype, bare, grad.data, hyper)
+                ran = graph.run(self.rule, self.dtype, bare, grad, live)
         else:
-            self._graph(self.rule, self.dtype, bare, grad.data, hyper)
+            ran = graph.run(self.rule, self.dtype, bare, grad, live)
+        if ran is None:
+            return None
+        known = [numel, *(value for value in live.values() if isinstance(value, Tensor))]
+        order = _order(ran.inputs, [*known, grad, *bare])
+        return None if order is None else Shortcut(ran.code, order, known, hyper)
+
+
+def _input(name: str, value: Any) -> Any:
+    if name in LIVE:
+        return torch.tensor(float(value), dtype=torch.float64)
+    return float(value) if type(value) is int else value  # an integer would be a symbol
+
+
+class Graph:
+    """A compiled update, shared by all optimizers of the same dtypes, constants and options."""
+
+    def __init__(self, kwargs: dict[str, Any], loop: dict[str, Any]) -> None:
+        self._loop = loop
+        if kwargs.get("backend", "inductor") == "inductor":
+            trust_processor()
+            kwargs = {**kwargs, "backend": self._inductor}
+        # With a code object of its own: dynamo limits the graphs per code object, and would run
+        # what is beyond the limit without compiling it.
+        function = FunctionType(update.__code__.replace(), globals(), update.__name__)
+        self._compiled = torch.compile(function, **{"dynamic": True, **kwargs})
+        self._ran = threading.local()
+
+    def run(self, *args: Any) -> Ran | None:
+        """Updates; what ran, if it was Inductor's code."""
+        self._ran.last = None
+        self._compiled(*args)
+        ran, self._ran.last = self._ran.last, None
+        return ran
+
+    def _inductor(
+        self, module: Any, inputs: Any, options: dict[str, Any] | None = None, **mode: Any
+    ) -> Callable[..., Any]:
+        """Torch's backend of that name, whose code notes when it runs."""
+        code = inductor(module, inputs, options={**self._loop, **(options or {})}, **mode)
+
+        def noted(*inputs: Any) -> Any:
+            self._ran.last = Ran(code, inputs)
+            return code(*inputs)
+
+        return noted
+
+
+class Ran(NamedTuple):
+    code: Callable[..., Any]
+    inputs: tuple[Any, ...]
+
+
+class Shortcut:
+    """The way to compiled code past dynamo, whose guards and frames cost 30 us, 100 us if cold.
+
+    The guards look at dtypes, sizes, the values of hyperparameters and torch's global state.
+    Sizes and dtypes are the sweep's; while all the others are the same, so is the code.
+    """
+
+    def __init__(
+        self, code: Callable[..., Any], order: list[int], known: list[Any], hyper: dict[str, Any]
+    ) -> None:
+        self.code = code
+        self.pick = itemgetter(*order)
+        self.known = known  # of the inputs: those that stay the same
+        self.hyper = dict(hyper)
+        self.state = GlobalStateGuard()
+        self.stance = eval_frame._stance
+
+    def fits(self, hyper: dict[str, Any]) -> bool:
+        same = hyper == self.hyper and eval_frame._stance is self.stance
+        return same and self.state.check()
+
+    def take(self, grad: Tensor, flats: Sequence[Tensor | None]) -> None:
+        self.code(*self.pick((*self.known, grad, *flats)))
+
+
+def _order(inputs: Sequence[Any], known: Sequence[Any]) -> list[int] | None:
+    """Where the inputs of a graph stand among known ones; None if any is something else."""
+    order = []
+    for x in inputs:
+        same = [i for i, y in enumerate(known) if x is y or (type(x) is type(y) is int and x == y)]
+        if not same:
+            return None
+        order.append(same[0])
+    return order
 
 
 def _graph(
-    rule: Callable[..., None], dtypes: list[Any], hyper: dict[str, Any], kwargs: dict[str, Any]
-) -> Callable[..., None]:
-    """A compiled update, shared by all optimizers of the same dtypes, constants and options.
-
-    Each has a code object of its own: dynamo limits the graphs per code object, and would run
-    what is beyond the limit without compiling it.
-    """
+    rule: Callable[..., None],
+    dtypes: list[Any],
+    many: bool,
+    hyper: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> Graph:
     constants = tuple((k, v) for k, v in hyper.items() if not isinstance(v, Tensor))
     options = tuple(sorted((name, repr(value)) for name, value in kwargs.items()))
-    key = (rule, tuple(dtypes), constants, options)
+    key = (rule, tuple(dtypes), many, constants, options)
     if key not in _graphs:
-        if kwargs.get("backend", "inductor") == "inductor":
-            _trust_processor()
-        function = FunctionType(update.__code__.replace(), globals(), update.__name__)
-        _graphs[key] = torch.compile(function, **{"dynamic": True, **kwargs})
+        _graphs[key] = Graph(kwargs, PARALLEL_LOOP if many else SERIAL_LOOP)
     return _graphs[key]
-
-
-def _trust_processor() -> None:
-    """Spares Inductor what torch knows: that it can use the processor's AVX instructions.
-
-    Inductor would compile a program against torch's headers for each set of them: without its
-    cache on disk that is 4 of the 10 s to the first step. Extensions of the sets it still tries.
-    """
-    from torch._inductor import config, cpu_vec_isa
-
-    known = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-    if known and config.cpp.vec_isa_ok is None:
-        with config.patch({"cpp.vec_isa_ok": True}):
-            cpu_vec_isa.valid_vec_isa_list()  # remembered for the process
 
 
 def update(

@@ -301,11 +301,11 @@ class Layout:
         rule: Rule,
         group: dict[str, Any],
         state: dict[Tensor, Any],
-        flags: tuple[Any, ...],
         why_torch: str | None,
     ) -> None:
         self.params: list[Tensor] = list(group["params"])
-        self.flags = flags
+        self.flags: tuple[Any, ...] = ()  # that decided about it
+        self.options: list[Any] = []  # that decided about the flags
         self.states = [state.get(p) for p in self.params]
         lacking = [not s or not s.keys() >= {*rule.keys} for s in self.states]
         self.stateless = list(compress(self.params, lacking))
@@ -338,22 +338,25 @@ class Layout:
         ]
         self.provisional = any(why == BAD_GRADIENT for _, why in self.fallback)
 
-    def holds(
-        self, group: dict[str, Any], state: dict[Tensor, Any] | None, flags: tuple[Any, ...]
-    ) -> bool:
-        """Whether nothing has been moved, replaced, added or removed, and no option changed.
+    def lacks_state(self) -> bool:
+        """Whether a parameter without state has got a gradient."""
+        return bool(self.stateless) and any(p.grad is not None for p in self.stateless)
+
+    def holds(self, params: list[Tensor], state: dict[Tensor, Any] | None) -> bool:
+        """Whether nothing has been moved, replaced, added or removed.
 
         `state` None: every parameter's entry is known to be the same.
         """
-        params = group["params"]
-        return (
-            not self.provisional
-            and flags == self.flags
-            and len(params) == len(self.params)
-            and all(map(is_, params, self.params))
-            and (state is None or all(map(is_, map(state.get, params), self.states)))
-            and all(bucket.holds() for bucket in self.buckets)
-        )
+        if self.provisional or len(params) != len(self.params):
+            return False
+        if not all(map(is_, params, self.params)):
+            return False
+        if state is not None and not all(map(is_, map(state.get, params), self.states)):
+            return False
+        for bucket in self.buckets:
+            if not bucket.holds():
+                return False
+        return True
 
 
 def overlapping(params: Sequence[Tensor]) -> set[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -11,10 +13,12 @@ from torch.optim.rmsprop import rmsprop
 
 from tritonopt import eager, traced
 from tritonopt.layout import Rule
-from tritonopt.optimizer import SlabOptimizer
+from tritonopt.optimizer import PATHS, SlabOptimizer
 
 _HYPER = ("alpha", "eps", "weight_decay", "momentum", "maximize")
 _SWITCHES = ("eps_in_sqrt", "lr_in_momentum", "nesterov", "decoupled_weight_decay")
+_BEYOND_TORCH = ("initial_scale", "bias_correction", *_SWITCHES)
+_DECIDING = ("alpha", "momentum", "centered", *PATHS, *_BEYOND_TORCH)
 
 
 class RMSprop(SlabOptimizer, torch.optim.RMSprop):
@@ -83,7 +87,7 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
         Generating Sequences With Recurrent Neural Networks (2013), https://arxiv.org/abs/1308.0850.
     """
 
-    _options = {"initial_scale": 0.0, "bias_correction": False, **dict.fromkeys(_SWITCHES, False)}
+    _options = {**dict.fromkeys(_BEYOND_TORCH, False), "initial_scale": 0.0}
     _lists = 6
 
     def __init__(
@@ -134,8 +138,13 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
         return Rule("RMSprop", "rmsprop_", eager.rmsprop_, tuple(keys), order, counts)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        hyper = {"lr": _to_scalar(group["lr"]), **{name: group[name] for name in _HYPER}}
-        return {**hyper, **{name: self._option(group, name) for name in _SWITCHES}}
+        hyper = dict(zip(_HYPER, itemgetter(*_HYPER)(group), strict=True))
+        hyper["lr"] = _to_scalar(group["lr"])
+        hyper.update(zip(_SWITCHES, map(group.get, _SWITCHES, repeat(False)), strict=True))
+        return hyper
+
+    def _deciding(self, group: dict[str, Any]) -> list[Any]:
+        return list(map(group.get, _DECIDING))
 
     def _initial(self, key: str, group: dict[str, Any]) -> float:
         return float(self._option(group, "initial_scale")) if key == "square_avg" else 0.0

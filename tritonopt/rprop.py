@@ -13,10 +13,11 @@ from torch.optim.rprop import rprop
 from tritonopt import eager
 from tritonopt.device import is_capturing
 from tritonopt.layout import Layout, Rule
-from tritonopt.optimizer import SlabOptimizer
+from tritonopt.optimizer import PATHS, SlabOptimizer
 from tritonopt.shard import local
 
 VARIANTS = ("irprop-", "rprop-", "rprop+", "irprop+")
+_DECIDING = ("variant", *PATHS)
 
 
 class Rprop(SlabOptimizer, torch.optim.Rprop):
@@ -122,6 +123,9 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
             "loss_rose": self._loss_rose,
         }
 
+    def _deciding(self, group: dict[str, Any]) -> list[Any]:
+        return [*map(group.get, _DECIDING), *group["etas"]]
+
     def _check(self, group: dict[str, Any]) -> None:
         if self._option(group, "variant") not in VARIANTS:
             raise ValueError(f"Invalid variant: {group['variant']!r}, not one of {VARIANTS}")
@@ -203,7 +207,6 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         )
         return layout
 
-    @torch.no_grad()
     def _before_update(self, group: dict[str, Any], layout: Layout) -> None:
         if self._option(group, "variant") == "irprop+":
             last, sign = group.get("last_loss"), -1 if group["maximize"] else 1
