@@ -1,69 +1,30 @@
 """torch.compile(opt.step) and opt.compile(): equal to eager whatever happens between steps."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
 from cases import OURS
-from torch._dynamo.utils import counters
+from compile_cases import (
+    BACKENDS,
+    KWARGS,
+    NAMES,
+    SCHEDULERS,
+    assert_close,
+    fresh,
+    give_gradients,
+    graphs,
+    optimizers,
+    pairs,
+    parameters,
+    skip_interpreted,
+)  # fmt: skip
 
-from tritonopt.device import INTERPRET
-
-pytestmark = pytest.mark.skipif(INTERPRET, reason="nothing is compiled")
-NAMES = sorted(OURS)
-BACKENDS = ["aot_eager", "inductor"]
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    counters.clear()
-    with torch.compiler.config.patch(force_disable_caches=True):
-        yield
-    torch._dynamo.reset()
-
-
-def graphs() -> int:
-    return counters["stats"]["unique_graphs"]
-
-
-def parameters(shapes=((3, 5), (), (7,), (40, 30)), device="cpu"):
-    torch.manual_seed(1)
-    return [torch.nn.Parameter(torch.randn(s, device=device)) for s in shapes]
-
-
-def optimizers(name, params, **kwargs):
-    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    return OURS[name](params, **kwargs), OURS[name](copies, **kwargs)
-
-
-def pairs(ours, theirs):
-    for left, right in zip(ours.param_groups, theirs.param_groups, strict=True):
-        yield from zip(left["params"], right["params"], strict=True)
-
-
-def give_gradients(ours, theirs, missing=()):
-    for index, (p, q) in enumerate(pairs(ours, theirs)):
-        p.grad = None if index in missing else torch.randn_like(p)
-        q.grad = None if index in missing else p.grad.clone()
-
-
-def assert_close(ours, theirs, rtol=0.0):
-    for p, q in pairs(ours, theirs):
-        torch.testing.assert_close(p, q, rtol=rtol, atol=rtol / 10)
-        for key, value in theirs.state[q].items():
-            torch.testing.assert_close(ours.state[p][key], value, rtol=rtol, atol=rtol / 10)
+__all__ = ["fresh"]  # an autouse fixture
+pytestmark = skip_interpreted
 
 
 # Entrance 1: the traced step. It runs the very code that eager runs: equal to the last bit.
-
-KWARGS = {
-    "RMSprop": [{}, {"momentum": 0.9, "centered": True, "weight_decay": 0.1, "maximize": True}],
-    "Rprop": [{}, {"maximize": True}],
-}
-
 
 @pytest.mark.parametrize("fullgraph", [False, True], ids=["breaks", "fullgraph"])
 @pytest.mark.parametrize("backend", ["eager", *BACKENDS])
@@ -77,16 +38,6 @@ def test_compiled_step(name, kwargs, backend, fullgraph, device):
         theirs.step()
     assert_close(ours, theirs)
     assert graphs() == 1
-
-
-SCHEDULERS = {
-    "exponential": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
-    "warm-up from 0": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda n: n / 10),
-    "to 1 and 0": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda n: (50, 0, 100, 7)[n % 4]),
-    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(
-        o, 0.1, total_steps=60, cycle_momentum="momentum" in o.defaults
-    ),
-}
 
 
 @pytest.mark.parametrize("schedule", SCHEDULERS)
@@ -310,14 +261,22 @@ def other_options(ours, theirs):
 EVENTS = [move, move_state, add_group, load, clear_state, other_options]
 
 
+ENTRANCES = [("torch.compile", "aot_eager"), *(("opt.compile", b) for b in BACKENDS)]
+
+
 def compiled_step(optimizer, entrance):
-    if entrance == "opt.compile":
-        optimizer.compile(backend="aot_eager")
+    way, backend = entrance
+    if way == "opt.compile":
+        optimizer.compile(backend=backend)
         return optimizer.step
-    return torch.compile(optimizer.step, backend="aot_eager", fullgraph=True)
+    return torch.compile(optimizer.step, backend=backend, fullgraph=True)
 
 
-@pytest.mark.parametrize("entrance", ["torch.compile", "opt.compile"])
+def tolerance(entrance):
+    return 1e-4 if entrance[0] == "opt.compile" else 0.0
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES, ids="-".join)
 @pytest.mark.parametrize("event", EVENTS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", NAMES)
 def test_between_steps(name, event, entrance):
@@ -329,10 +288,10 @@ def test_between_steps(name, event, entrance):
         give_gradients(ours, theirs)
         step()
         theirs.step()
-    assert_close(ours, theirs, rtol=1e-4 if entrance == "opt.compile" else 0.0)
+    assert_close(ours, theirs, rtol=tolerance(entrance))
 
 
-@pytest.mark.parametrize("entrance", ["torch.compile", "opt.compile"])
+@pytest.mark.parametrize("entrance", ENTRANCES, ids="-".join)
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_come_and_go(name, entrance):
     ours, theirs = optimizers(name, parameters(), lr=0.1)
@@ -343,7 +302,7 @@ def test_gradients_come_and_go(name, entrance):
             optimizer.param_groups[0]["lr"] *= 0.9
         step()
         theirs.step()
-    assert_close(ours, theirs, rtol=1e-4 if entrance == "opt.compile" else 0.0)
+    assert_close(ours, theirs, rtol=tolerance(entrance))
 
 
 def test_twenty_optimizers_do_not_fall_out_silently(caplog):
@@ -373,116 +332,6 @@ def test_twenty_optimizers_stay_compiled():
         assert graphs() == number + 1
 
 
-# Entrance 2.
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("name", "kwargs"), [(n, k) for n in NAMES for k in KWARGS[n]], ids=str)
-def test_compiled_sweep(name, kwargs, dtype):
-    shapes = ((3, 5), (), (0,), (700, 700), (7,))
-    params = [torch.nn.Parameter(p.detach().to(dtype)) for p in parameters(shapes)]
-    if dtype == torch.bfloat16:
-        # Without what may cancel.
-        kwargs = {k: v for k, v in kwargs.items() if k in ("momentum", "maximize")}
-    ours, theirs = optimizers(name, params, **kwargs)
-    ours.compile()
-    for _ in range(1 if dtype == torch.bfloat16 else 4):  # rounding to half accumulates
-        give_gradients(ours, theirs)
-        ours.step()
-        theirs.step()
-    rtol = {torch.float32: 1e-3, torch.float64: 1e-10, torch.bfloat16: 3e-2}[dtype]
-    assert_close(ours, theirs, 0.0 if name == "Rprop" else rtol)
-    assert graphs() <= 2
-
-
-def test_special_values():
-    """A gradient of NaN or infinity is no reason to differ from eager."""
-    ours, theirs = optimizers("Rprop", parameters(((64,), (3,))))
-    ours.compile()
-    for _ in range(3):
-        give_gradients(ours, theirs)
-        for p, q in pairs(ours, theirs):
-            for index, value in enumerate((float("nan"), float("inf"), -0.0)):
-                p.grad[index] = q.grad[index] = value
-        ours.step()
-        theirs.step()
-    for p, q in pairs(ours, theirs):
-        torch.testing.assert_close(p, q, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("count", [2, 400])
-def test_one_graph_for_any_number_of_parameters(count):
-    ours, theirs = optimizers("Rprop", parameters(((64,),) * count))
-    ours.compile()
-    for number in range(3):
-        give_gradients(ours, theirs, missing=[count - 1] if number == 1 else ())
-        ours.step()
-        theirs.step()
-        for optimizer in (ours, theirs):
-            optimizer.param_groups[0]["lr"] *= 0.5
-    assert_close(ours, theirs)
-    assert graphs() == 1
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("schedule", SCHEDULERS)
-def test_schedulers_need_no_further_graph(schedule, backend):
-    ours, theirs = optimizers("RMSprop", parameters(((64,), (65,))), lr=0.01, momentum=0.9)
-    ours.compile(backend=backend)
-    schedulers = [SCHEDULERS[schedule](o) for o in (ours, theirs)]
-    for _ in range(50):
-        give_gradients(ours, theirs)
-        ours.step()
-        theirs.step()
-        for scheduler in schedulers:
-            scheduler.step()
-    assert_close(ours, theirs, rtol=1e-3)
-    assert graphs() == 1
-
-
-def pickled(optimizer):
-    return pickle.loads(pickle.dumps(optimizer))
-
-
-def saved(optimizer):
-    file = io.BytesIO()
-    torch.save(optimizer, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved])
-def test_copies_are_compiled_too(duplicate):
-    ours, theirs = optimizers("RMSprop", parameters())
-    ours.compile(backend="aot_eager")
-    for optimizer in (ours, theirs):
-        for p in optimizer.param_groups[0]["params"]:
-            p.grad = torch.ones_like(p)
-        optimizer.step()
-    ours = duplicate(ours)
-    torch._dynamo.reset()
-    counters.clear()
-    give_gradients(ours, theirs)
-    ours.step()
-    theirs.step()
-    assert graphs() == 1
-    assert_close(ours, theirs, rtol=1e-5)
-
-
-def test_options_of_torch_compile(monkeypatch):
-    seen = []
-    compile_function = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda f, **kwargs: seen.append(kwargs) or compile_function(f, **kwargs)
-    )
-    ours, theirs = optimizers("RMSprop", parameters(), alpha=0.77)
-    ours.compile(backend="aot_eager", fullgraph=True)
-    give_gradients(ours, theirs)
-    ours.step()
-    theirs.step()
-    assert seen == [{"dynamic": True, "backend": "aot_eager", "fullgraph": True}]
-    assert_close(ours, theirs, rtol=1e-6)
-
-
 VARIANTS = [
     ("RMSprop", {"eps_in_sqrt": True}),
     ("RMSprop", {"momentum": 0.9, "lr_in_momentum": True, "nesterov": True}),
@@ -494,19 +343,15 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize("entrance", ["torch.compile", "opt.compile"])
+@pytest.mark.parametrize("entrance", ENTRANCES, ids="-".join)
 @pytest.mark.parametrize(("name", "kwargs"), VARIANTS, ids=str)
 def test_variants(name, kwargs, entrance):
     ours, theirs = optimizers(name, parameters(), **kwargs)
-    if entrance == "opt.compile":
-        ours.compile(backend="aot_eager")
-        step = ours.step
-    else:
-        step = torch.compile(ours.step, backend="aot_eager", fullgraph=True)
+    step = compiled_step(ours, entrance)
     for number in range(5):
         give_gradients(ours, theirs, missing={1} if number == 2 else ())
         if kwargs.get("variant") == "irprop+":
-            if entrance == "torch.compile":
+            if entrance[0] == "torch.compile":
                 with pytest.raises(Exception, match="compares losses on the host"):
                     step(lambda: torch.tensor(1.0))
                 return

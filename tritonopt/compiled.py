@@ -116,7 +116,10 @@ class Graph:
         self, module: Any, inputs: Any, options: dict[str, Any] | None = None, **mode: Any
     ) -> Callable[..., Any]:
         """Torch's backend of that name, whose code notes when it runs."""
-        code = inductor(module, inputs, options={**self._loop, **(options or {})}, **mode)
+        options = options or {}
+        if not options.keys() & {*SERIAL_LOOP, *PARALLEL_LOOP}:
+            options = {**options, **self._loop}
+        code = inductor(module, inputs, options=options, **mode)
 
         def noted(*inputs: Any) -> Any:
             self._ran.last = Ran(code, inputs)

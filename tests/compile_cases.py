@@ -1,0 +1,70 @@
+"""What the tests of torch.compile share: the same optimizer twice, one of them compiled."""
+
+import pytest
+import torch
+from cases import OURS
+from torch._dynamo.utils import counters
+
+from tritonopt.device import INTERPRET
+
+skip_interpreted = pytest.mark.skipif(INTERPRET, reason="nothing is compiled")
+NAMES = sorted(OURS)
+BACKENDS = ["aot_eager", "inductor"]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Nothing compiled is known, in memory or on disk."""
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.compiler.config.patch(force_disable_caches=True):
+        yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def parameters(shapes=((3, 5), (), (7,), (40, 30)), device="cpu"):
+    torch.manual_seed(1)
+    return [torch.nn.Parameter(torch.randn(s, device=device)) for s in shapes]
+
+
+def optimizers(name, params, **kwargs):
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    return OURS[name](params, **kwargs), OURS[name](copies, **kwargs)
+
+
+def pairs(ours, theirs):
+    for left, right in zip(ours.param_groups, theirs.param_groups, strict=True):
+        yield from zip(left["params"], right["params"], strict=True)
+
+
+def give_gradients(ours, theirs, missing=()):
+    for index, (p, q) in enumerate(pairs(ours, theirs)):
+        p.grad = None if index in missing else torch.randn_like(p)
+        q.grad = None if index in missing else p.grad.clone()
+
+
+def assert_close(ours, theirs, rtol=0.0):
+    for p, q in pairs(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=rtol, atol=rtol / 10)
+        for key, value in theirs.state[q].items():
+            torch.testing.assert_close(ours.state[p][key], value, rtol=rtol, atol=rtol / 10)
+
+
+KWARGS = {
+    "RMSprop": [{}, {"momentum": 0.9, "centered": True, "weight_decay": 0.1, "maximize": True}],
+    "Rprop": [{}, {"maximize": True}],
+}
+
+
+SCHEDULERS = {
+    "exponential": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9),
+    "warm-up from 0": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda n: n / 10),
+    "to 1 and 0": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda n: (50, 0, 100, 7)[n % 4]),
+    "one cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(
+        o, 0.1, total_steps=60, cycle_momentum="momentum" in o.defaults
+    ),
+}

@@ -1,0 +1,229 @@
+"""opt.compile(): equal to eager, whatever the sizes and whatever happens between steps."""
+
+import copy
+import io
+import pickle
+import re
+
+import pytest
+import torch
+from compile_cases import (
+    BACKENDS,
+    KWARGS,
+    NAMES,
+    SCHEDULERS,
+    assert_close,
+    fresh,
+    give_gradients,
+    graphs,
+    optimizers,
+    pairs,
+    parameters,
+    skip_interpreted,
+)  # fmt: skip
+from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
+
+from tritonopt.compiled import Graph
+
+__all__ = ["fresh"]  # an autouse fixture
+pytestmark = skip_interpreted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "kwargs"), [(n, k) for n in NAMES for k in KWARGS[n]], ids=str)
+def test_compiled_sweep(name, kwargs, dtype):
+    shapes = ((3, 5), (), (0,), (700, 700), (7,))
+    params = [torch.nn.Parameter(p.detach().to(dtype)) for p in parameters(shapes)]
+    if dtype == torch.bfloat16:
+        # Without what may cancel.
+        kwargs = {k: v for k, v in kwargs.items() if k in ("momentum", "maximize")}
+    ours, theirs = optimizers(name, params, **kwargs)
+    ours.compile()
+    for _ in range(1 if dtype == torch.bfloat16 else 4):  # rounding to half accumulates
+        give_gradients(ours, theirs)
+        ours.step()
+        theirs.step()
+    rtol = {torch.float32: 1e-3, torch.float64: 1e-10, torch.bfloat16: 3e-2}[dtype]
+    assert_close(ours, theirs, 0.0 if name == "Rprop" else rtol)
+    assert graphs() <= 3
+
+
+def test_special_values():
+    """A gradient of NaN or infinity is no reason to differ from eager."""
+    ours, theirs = optimizers("Rprop", parameters(((64,), (3,))))
+    ours.compile()
+    for _ in range(3):
+        give_gradients(ours, theirs)
+        for p, q in pairs(ours, theirs):
+            for index, value in enumerate((float("nan"), float("inf"), -0.0)):
+                p.grad[index] = q.grad[index] = value
+        ours.step()
+        theirs.step()
+    for p, q in pairs(ours, theirs):
+        torch.testing.assert_close(p, q, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("count", [2, 400])
+def test_one_graph_for_any_number_of_parameters(count):
+    ours, theirs = optimizers("Rprop", parameters(((64,),) * count))
+    ours.compile()
+    for number in range(3):
+        give_gradients(ours, theirs, missing=[count - 1] if number == 1 else ())
+        ours.step()
+        theirs.step()
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0]["lr"] *= 0.5
+    assert_close(ours, theirs)
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("schedule", SCHEDULERS)
+def test_schedulers_need_no_further_graph(schedule, backend):
+    ours, theirs = optimizers("RMSprop", parameters(((64,), (65,))), lr=0.01, momentum=0.9)
+    ours.compile(backend=backend)
+    schedulers = [SCHEDULERS[schedule](o) for o in (ours, theirs)]
+    for _ in range(50):
+        give_gradients(ours, theirs)
+        ours.step()
+        theirs.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    assert_close(ours, theirs, rtol=1e-3)
+    assert graphs() == 1
+
+
+def pickled(optimizer):
+    return pickle.loads(pickle.dumps(optimizer))
+
+
+def saved(optimizer):
+    file = io.BytesIO()
+    torch.save(optimizer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved])
+def test_copies_are_compiled_too(duplicate):
+    ours, theirs = optimizers("RMSprop", parameters())
+    ours.compile(backend="aot_eager")
+    for optimizer in (ours, theirs):
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    ours = duplicate(ours)
+    torch._dynamo.reset()
+    counters.clear()
+    give_gradients(ours, theirs)
+    ours.step()
+    theirs.step()
+    assert graphs() == 1
+    assert_close(ours, theirs, rtol=1e-5)
+
+
+def test_options_of_torch_compile(monkeypatch):
+    seen = []
+    compile_function = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **kwargs: seen.append(kwargs) or compile_function(f, **kwargs)
+    )
+    ours, theirs = optimizers("RMSprop", parameters(), alpha=0.77)
+    ours.compile(backend="aot_eager", fullgraph=True)
+    give_gradients(ours, theirs)
+    ours.step()
+    theirs.step()
+    assert seen == [{"dynamic": True, "backend": "aot_eager", "fullgraph": True}]
+    assert_close(ours, theirs, rtol=1e-6)
+
+
+# Past dynamo: the same code, while the same guards would hold.
+
+
+@pytest.fixture
+def through_dynamo(monkeypatch):
+    """Counts the updates that dynamo's guards were asked about."""
+    calls = []
+    run = Graph.run
+    monkeypatch.setattr(Graph, "run", lambda *args: calls.append(args) or run(*args))
+    return calls
+
+
+def step_both(ours, theirs, missing=()):
+    give_gradients(ours, theirs, missing)
+    ours.step()
+    theirs.step()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_guards_are_asked_once_per_size_and_numbers(name, through_dynamo):
+    ours, theirs = optimizers(name, parameters(((50,), (60,), (300, 300))))
+    ours.compile()
+    for count, missing in [(2, ()), (2, ()), (3, (0,)), (3, (0,)), (3, ())]:
+        step_both(ours, theirs, missing)
+        assert len(through_dynamo) == count
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[0]["maximize"] = True
+        optimizer.param_groups[0]["lr"] *= 0.5
+    step_both(ours, theirs)
+    assert len(through_dynamo) == 5
+    step_both(ours, theirs)
+    assert_close(ours, theirs, rtol=0.0 if name == "Rprop" else 1e-3)
+
+
+def test_guards_are_asked_where_torch_is_set_otherwise(through_dynamo):
+    ours, theirs = optimizers("RMSprop", parameters(((50,), (60,))))
+    ours.compile()
+    step_both(ours, theirs)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        step_both(ours, theirs)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(through_dynamo) == 2
+    with torch.compiler.set_stance("force_eager"):
+        step_both(ours, theirs)
+    assert len(through_dynamo) == 3
+    step_both(ours, theirs)
+    step_both(ours, theirs)
+    assert len(through_dynamo) <= 4
+    assert_close(ours, theirs, rtol=1e-3)
+
+
+def test_other_backends_are_asked_at_every_step(through_dynamo):
+    ours, theirs = optimizers("RMSprop", parameters(((50,), (60,))))
+    ours.compile(backend="aot_eager")
+    for _ in range(3):
+        step_both(ours, theirs)
+    assert len(through_dynamo) == 3
+
+
+@pytest.mark.parametrize("sizes", [(100, 2**20), (2**20, 100)], ids=str)
+def test_the_size_compiled_first_does_not_decide_about_threads(sizes):
+    """Inductor's graph of a dynamic size has the loop that suits the first one."""
+    parallel = {}
+    for size in sizes:
+        ours, theirs = optimizers("Rprop", parameters(((size,),)))
+        ours.compile()
+        give_gradients(ours, theirs)
+        _, (code,) = run_and_get_code(ours.step)
+        parallel[size] = "#pragma omp parallel" in code
+        theirs.step()
+        assert_close(ours, theirs)
+    assert parallel == {100: False, 2**20: True}
+
+
+def test_options_reach_inductor():
+    for kwargs in ({"options": {"cpp.threads": 1}}, {"mode": "max-autotune-no-cudagraphs"}):
+        ours, theirs = optimizers("Rprop", parameters(((2**17,),)))
+        ours.compile(**kwargs)
+        give_gradients(ours, theirs)
+        _, (code,) = run_and_get_code(ours.step)
+        theirs.step()
+        assert_close(ours, theirs)
+        assert bool(re.search("omp parallel", code)) == ("mode" in kwargs)
+    ours.compile(options={"no_such_option": 1})
+    with pytest.raises(Exception, match="no_such_option"):
+        ours.step()
