@@ -55,16 +55,21 @@ class Tables:
         self.device = device
         self.programs = _programs(numels, block, device)
         self.size = len(numels) * (columns + 1)
-        self._recent: OrderedDict[tuple[int, ...], tuple[Tensor, Tensor]] = OrderedDict()
+        self._recent: OrderedDict[Any, tuple[Tensor, Tensor]] = OrderedDict()
+        self._last: Any = None  # looked for: to compare costs a tenth of hashing
         self._spare: list[tuple[Tensor, Tensor]] = []
 
     def find(self, grads: tuple[int, ...], before: Any = (), after: Any = ()) -> Tensor:
         """A table of which each row is numel and addresses; only those of gradients may change."""
         capturing = is_capturing(self.device)
-        key = (_stream(self.device), *grads)
-        if key in self._recent and not capturing:
-            self._recent.move_to_end(key)
-            return self._recent[key][1]
+        key = _stream(self.device), grads
+        if not capturing:
+            if self._last is not None and self._last[0] == key:
+                return self._last[1]
+            if key in self._recent:
+                self._recent.move_to_end(key)
+                self._last = key, self._recent[key][1]
+                return self._recent[key][1]
         columns = zip(self.numels, *before, grads, *after, strict=True)
         rows = array("q", chain.from_iterable(columns))
         if capturing:
@@ -78,6 +83,7 @@ class Tables:
         else:
             host, table = _buffers(len(rows), self.device)
             self._recent[key] = (host, table)
+            self._last = key, table
             if len(self._recent) > RECENT_TABLES:
                 self._recent.popitem(last=False)
         host.copy_(torch.frombuffer(rows, dtype=torch.int64))

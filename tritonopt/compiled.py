@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from math import isfinite
 from operator import itemgetter
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from tritonopt.eager import Scratch
 from tritonopt.inductor import inductor, trust_processor
 from tritonopt.sweep import RECENT_ROOMS, SERIAL, Sweep
 
-LIVE = ("lr", "momentum", "step")
+LIVE = ("lr", "momentum", "correction")
 """What changes from step to step: tensors of the graph. Other hyperparameters are its constants."""
 
 SERIAL_LOOP, PARALLEL_LOOP = {"cpp.threads": 1}, {"cpp.dynamic_threads": True}
@@ -47,6 +48,9 @@ class CompiledSweep(Sweep):
         return 2**62  # a fused loop needs no pieces that stay in cache
 
     def _update(self, flats: Sequence[Tensor | None], grad: Tensor, hyper: dict[str, Any]) -> None:
+        if "step" in hyper:
+            hyper = {**hyper, "correction": 1 - hyper["alpha"] ** hyper["step"]}
+            del hyper["step"]
         kind = grad.numel(), grad.dtype
         shortcut = self._shortcuts.get(kind)
         if shortcut is not None and shortcut.fits(hyper):
@@ -80,9 +84,9 @@ class CompiledSweep(Sweep):
             ran = graph.run(self.rule, self.dtype, bare, grad, live)
         if ran is None:
             return None
-        known = [numel, *(value for value in live.values() if isinstance(value, Tensor))]
-        order = _order(ran.inputs, [*known, grad, *bare])
-        return None if order is None else Shortcut(ran.code, order, known, hyper)
+        numbers = {name: value for name, value in live.items() if name in LIVE}
+        order = _order(ran.inputs, [numel, *numbers.values(), grad, *bare])
+        return None if order is None else Shortcut(ran.code, order, numel, numbers, hyper)
 
 
 def _input(name: str, value: Any) -> Any:
@@ -136,26 +140,43 @@ class Ran(NamedTuple):
 class Shortcut:
     """The way to compiled code past dynamo, whose guards and frames cost 30 us, 100 us if cold.
 
-    The guards look at dtypes, sizes, the values of hyperparameters and torch's global state.
-    Sizes and dtypes are the sweep's; while all the others are the same, so is the code.
+    The guards look at dtypes, sizes, hyperparameters and torch's global state. Sizes and dtypes are
+    the sweep's; while all the others are the same, so is the code. Numbers that are inputs may
+    change: of them, dynamo only wants to know whether they are NaN.
     """
 
     def __init__(
-        self, code: Callable[..., Any], order: list[int], known: list[Any], hyper: dict[str, Any]
+        self,
+        code: Callable[..., Any],
+        order: list[int],
+        numel: int,
+        numbers: dict[str, Tensor],
+        hyper: dict[str, Any],
     ) -> None:
         self.code = code
         self.pick = itemgetter(*order)
-        self.known = known  # of the inputs: those that stay the same
-        self.hyper = dict(hyper)
+        self.numel = numel
+        self.numbers = numbers
+        self.hyper = hyper
         self.state = GlobalStateGuard()
         self.stance = eval_frame._stance
 
     def fits(self, hyper: dict[str, Any]) -> bool:
-        same = hyper == self.hyper and eval_frame._stance is self.stance
-        return same and self.state.check()
+        if eval_frame._stance is not self.stance or not self.state.check():
+            return False
+        return hyper == self.hyper or self._take_over(hyper)
+
+    def _take_over(self, hyper: dict[str, Any]) -> bool:
+        """Makes other numbers its inputs, if nothing else has changed."""
+        changed = {name: value for name, value in hyper.items() if value != self.hyper[name]}
+        if not all(name in LIVE and isfinite(value) for name, value in changed.items()):
+            return False
+        self.numbers.update({name: _input(name, value) for name, value in changed.items()})
+        self.hyper = hyper
+        return True
 
     def take(self, grad: Tensor, flats: Sequence[Tensor | None]) -> None:
-        self.code(*self.pick((*self.known, grad, *flats)))
+        self.code(*self.pick((self.numel, *self.numbers.values(), grad, *flats)))
 
 
 def _order(inputs: Sequence[Any], known: Sequence[Any]) -> list[int] | None:

@@ -59,8 +59,10 @@ def rmsprop_(
     nesterov: bool = False,
     decoupled_weight_decay: bool = False,
     step: float | None = None,
+    correction: float | None = None,
 ) -> None:
-    """`step` is the number of steps with this one, for bias correction; None: no correction."""
+    """For bias correction, `step` is the number of steps with this one, or `correction` what it
+    makes of it, for graphs, which would compute the power for every element."""
     if isinstance(lr, Tensor):
         lr = lr.double()  # type: ignore[assignment]  # its products are rounded as a float's
     if maximize:
@@ -72,6 +74,7 @@ def rmsprop_(
     gain, rate, inverse = 1.0, lr, 1.0
     if step is not None:
         correction = 1 - alpha**step
+    if correction is not None:
         gain = correction**0.5
         rate, inverse = lr * gain, 1 / correction
         eps = eps * (correction if eps_in_sqrt else gain)
@@ -80,7 +83,7 @@ def rmsprop_(
     if grad_avg is not None:
         grad_avg.lerp_(grad, 1 - alpha)
         avg = torch.addcmul(avg, grad_avg, grad_avg, value=-inverse, out=scratch.second)
-        if step is not None:
+        if correction is not None:
             avg.clamp_min_(0)  # exactly 0 at the first step, where rounding may fall below
     if eps_in_sqrt:
         avg = scratch.sqrt(torch.add(avg, eps, out=scratch.second))

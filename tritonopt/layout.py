@@ -110,7 +110,8 @@ class Guards:
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         given = [t for t in tensors if t is not None]
-        self._given = None if len(given) == len(tensors) else _given(tensors)
+        self.of_all = len(given) == len(tensors)
+        self._given = [] if self.of_all else _given(tensors)
         sizes: Any = [list(t.size()) for t in given]
         strides: Any = [list(t.stride()) for t in given]
         with torch.no_grad():  # as in the step: they note whether a gradient is required
@@ -119,7 +120,7 @@ class Guards:
 
     def fit(self, tensors: Sequence[Tensor | None]) -> bool:
         """Whether the same ones are None, and the others as they were."""
-        if self._given is None:
+        if self.of_all:
             return self._check(*tensors)
         return _given(tensors) == self._given and self._check(*compress(tensors, self._given))
 
@@ -181,6 +182,7 @@ class Bucket:
         grads = (p.grad for p in self.owners)
         self.grad_dtype = next((g.dtype for g in grads if g is not None), self.dtype)
         self._expected: Guards | None = None  # of gradients that need no look, one by one
+        self._all_given = False  # whether the gradients last asked for are
         self._steps, self._lone_steps = slab.spans([self.columns["step"]], len(params), 1, 1)
 
         columns = [self.columns.get(key) for key in rule.all_keys]
@@ -218,7 +220,9 @@ class Bucket:
                 raise Stale
             grads = self._local(grads)
         if self._expected is not None and self._expected.fit(grads):
+            self._all_given = self._expected.of_all
             return grads
+        self._all_given = slab.all_given(grads)
         if not any(map(is_not, grads, repeat(None))):
             return None
         return self._fitted(grads)
@@ -245,8 +249,11 @@ class Bucket:
         for span in self._steps:
             flat = span.flats[0]
             assert flat is not None
-            for part in slab.present(span, grads):
-                flat[part].add_(one)
+            if self._all_given:
+                flat.add_(one)
+            else:
+                for part in slab.present(span, grads):
+                    flat[part].add_(one)
         for index in self._lone_steps:
             if grads[index] is not None:
                 self.states[index]["step"] += one
@@ -268,7 +275,7 @@ class Bucket:
             hyper["step"] = self.counts()
         self.update(grads, **hyper)
         changed = self.owners
-        if not slab.all_given(grads):
+        if not self._all_given:
             changed = [p for p, g in zip(self.owners, grads, strict=True) if g is not None]
         torch.autograd.graph.increment_version(changed)  # a later backward must notice
 
