@@ -249,6 +249,70 @@ def test_options_reach_inductor():
         theirs.step()
         assert_close(ours, theirs)
         assert bool(re.search("omp parallel", code)) == ("mode" in kwargs)
-    ours.compile(options={"no_such_option": 1})
-    with pytest.raises(Exception, match="no_such_option"):
+
+
+WRONG = [
+    {"options": {"no_such_option": 1}}, {"options": {"max_autotune": "yes"}},
+    {"mode": "no such mode"}, {"mode": "no such mode", "disable": True},
+    {"mode": "max-autotune", "options": {"max_autotune": True}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kwargs", WRONG, ids=str)
+def test_wrong_options_raise_what_torch_raises(kwargs):
+    ours, theirs = optimizers("Rprop", parameters(((50,),)))
+    before = copy.deepcopy(ours.param_groups[0]["params"])
+    give_gradients(ours, theirs)
+    with pytest.raises(Exception) as torchs:  # noqa: PT011
+        torch.compile(lambda: None, **kwargs)
+    ours.compile(**kwargs)
+    with pytest.raises(type(torchs.value), match=re.escape(str(torchs.value)[:40])):
         ours.step()
+    torch.testing.assert_close(ours.param_groups[0]["params"], before, rtol=0, atol=0)
+
+
+CHANGES = {
+    "RMSprop": ["lr", "alpha", "eps", "weight_decay", "momentum", "maximize"],
+    "Rprop": ["etas", "step_sizes", "maximize"],
+}
+
+
+def smaller(value):
+    if isinstance(value, tuple):
+        return value[0] * 0.9, value[1] * 0.99
+    return not value if isinstance(value, bool) else value * 0.8
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "option"), [(n, k) for n in NAMES for k in CHANGES[n]], ids=str)
+def test_options_change_between_steps(name, option, backend):
+    """Dynamo would turn a float that changes into a symbol, and torch bakes in 1 - symbol."""
+    kwargs = {"momentum": 0.9, "weight_decay": 0.1, "centered": True} if name == "RMSprop" else {}
+    for _ in range(2):  # the second pair shares what was compiled for the first
+        ours, theirs = optimizers(name, parameters(((50,), (40, 50))), **kwargs)
+        ours.compile(backend=backend)
+        for _ in range(4):
+            step_both(ours, theirs)
+            assert_close(ours, theirs, rtol=0.0 if name == "Rprop" else 1e-4)
+            for optimizer in (ours, theirs):
+                group = optimizer.param_groups[0]
+                group[option] = smaller(group[option])
+
+
+@pytest.mark.parametrize("option", ["lr", "momentum", "weight_decay", "alpha"])
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+def test_options_that_are_tensors_may_be_written_to(option, shape, backend):
+    if shape and option != "lr":
+        pytest.skip("torch takes no other tensors with dimensions")
+    start = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "alpha": 0.9}
+    ours, theirs = optimizers("RMSprop", parameters(((50,), (40, 50))), **start)
+    if backend:
+        ours.compile(backend=backend)
+    shared = torch.full(shape, start[option])
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[0][option] = shared
+    for value in (0.9, 0.9, 0.4, 0.4, 0.0, 0.5):
+        shared.fill_(value)
+        step_both(ours, theirs)
+        assert_close(ours, theirs, rtol=1e-4 if backend else 0.0)

@@ -168,6 +168,22 @@ def test_differentiable_is_refused(name):
         OURS[name](parameters(), fused_amp=True, differentiable=True)
 
 
+def test_differentiable_through_clipping(name):
+    """With respect to the gradient, which counts a factor that is taken as a constant."""
+    found = []
+    for kind, options, factor in (
+        (OURS[name], {"max_grad_norm": 0.5}, 1.0),
+        (TORCH[name], {}, 0.5 / (torch.tensor([3.0, 4.0]).norm() + 1e-6)),
+    ):
+        x = torch.tensor([3.0, 4.0], requires_grad=True)
+        param = torch.ones(2, requires_grad=True).clone()
+        param.grad = x * factor
+        options = {**options, **({"eps": 0.1} if name == "RMSprop" else {})}
+        kind([param], lr=0.1, differentiable=True, **options).step()
+        found.append((param, *torch.autograd.grad(param.sum(), x)))
+    torch.testing.assert_close(*found)
+
+
 def test_no_option_no_protocol(name):
     assert not hasattr(OURS[name](parameters()), "_step_supports_amp_scaling")
 

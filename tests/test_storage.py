@@ -519,7 +519,9 @@ def test_meta_construction(name):
     follow(ours, theirs, *lists(model, twin), 4)
 
 
-@pytest.mark.parametrize("mode", [torch.device("meta"), torch.inference_mode()], ids=["meta", "inference"])
+@pytest.mark.parametrize(
+    "mode", [torch.device("meta"), torch.inference_mode()], ids=["meta", "inference"]
+)
 @pytest.mark.parametrize("during", ["construction", "step"])
 def test_ambient_modes_change_nothing(name, mode, during):
     params = parameters(SHAPES)

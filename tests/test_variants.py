@@ -452,8 +452,10 @@ def test_refused(name, options, words):
     assert len(optimizer.param_groups) == 1
     optimizer.param_groups[0].update(options)
     param.grad = torch.ones(3)
-    with pytest.raises(ValueError, match=words):
-        optimizer.step()
+    for look in (lambda o: None, lambda o: o.describe(), lambda o: (o.compile(), o.describe())):
+        look(optimizer)
+        with pytest.raises(ValueError, match=words):
+            optimizer.step()
     assert torch.equal(param, torch.ones(3))
 
 

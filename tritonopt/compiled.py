@@ -48,9 +48,7 @@ class CompiledSweep(Sweep):
         return 2**62  # a fused loop needs no pieces that stay in cache
 
     def _update(self, flats: Sequence[Tensor | None], grad: Tensor, hyper: dict[str, Any]) -> None:
-        if "step" in hyper:
-            hyper = {**hyper, "correction": 1 - hyper["alpha"] ** hyper["step"]}
-            del hyper["step"]
+        hyper = _immutable(hyper)
         kind = grad.numel(), grad.dtype
         shortcut = self._shortcuts.get(kind)
         if shortcut is not None and shortcut.fits(hyper):
@@ -78,15 +76,22 @@ class CompiledSweep(Sweep):
             dtypes = [flat if flat is None else flat.dtype for flat in (*flats, grad)]
             graph = _graph(self.rule, dtypes, numel > SERIAL, live, self.kwargs)
             self._graphs[numel > SERIAL] = graph
-            with torch._dynamo.config.patch(specialize_float=True):  # here it is compiled
-                ran = graph.run(self.rule, self.dtype, bare, grad, live)
-        else:
+        # Else dynamo makes symbols of floats, and bakes in their values without a guard.
+        with torch._dynamo.config.patch(specialize_float=True):
             ran = graph.run(self.rule, self.dtype, bare, grad, live)
         if ran is None:
             return None
         numbers = {name: value for name, value in live.items() if name in LIVE}
         order = _order(ran.inputs, [numel, *numbers.values(), grad, *bare])
         return None if order is None else Shortcut(ran.code, order, numel, numbers, hyper)
+
+
+def _immutable(hyper: dict[str, Any]) -> dict[str, Any]:
+    """With the values that tensors have now, and with the scalar that `step` makes for a loop."""
+    values = {name: float(v) if isinstance(v, Tensor) else v for name, v in hyper.items()}
+    if "step" in values:
+        values["correction"] = 1 - values["alpha"] ** values.pop("step")
+    return values
 
 
 def _input(name: str, value: Any) -> Any:
@@ -100,13 +105,14 @@ class Graph:
 
     def __init__(self, kwargs: dict[str, Any], loop: dict[str, Any]) -> None:
         self._loop = loop
-        if kwargs.get("backend", "inductor") == "inductor":
-            trust_processor()
-            kwargs = {**kwargs, "backend": self._inductor}
         # With a code object of its own: dynamo limits the graphs per code object, and would run
         # what is beyond the limit without compiling it.
         function = FunctionType(update.__code__.replace(), globals(), update.__name__)
-        self._compiled = torch.compile(function, **{"dynamic": True, **kwargs})
+        kwargs = {"dynamic": True, **kwargs}
+        self._compiled = torch.compile(function, **kwargs)  # raises where an option is wrong
+        if kwargs.get("backend", "inductor") == "inductor":
+            trust_processor()
+            self._compiled = torch.compile(function, **{**kwargs, "backend": self._inductor})
         self._ran = threading.local()
 
     def run(self, *args: Any) -> Ran | None:

@@ -312,7 +312,7 @@ class Layout:
     ) -> None:
         self.params: list[Tensor] = list(group["params"])
         self.flags: tuple[Any, ...] = ()  # that decided about it
-        self.options: list[Any] = []  # that decided about the flags
+        self.options: list[Any] | None = None  # that decided about the flags, and are right
         self.states = [state.get(p) for p in self.params]
         lacking = [not s or not s.keys() >= {*rule.keys} for s in self.states]
         self.stateless = list(compress(self.params, lacking))

@@ -291,9 +291,9 @@ class SlabOptimizer(torch.optim.Optimizer):
         if layout.fallback:
             params = [param for param, _ in layout.fallback]
             foreach = group["foreach"] or False  # one after the other, as overlapping tensors need
-            with scaled(params, scaling.factor):
-                with torch.set_grad_enabled(self.defaults["differentiable"]):
-                    self._torch_update({**group, "params": params, "foreach": foreach})
+            differentiable = self.defaults["differentiable"]
+            with torch.set_grad_enabled(differentiable), scaled(params, scaling.factor):
+                self._torch_update({**group, "params": params, "foreach": foreach})
         for bucket, grads in zip(layout.buckets, gradients, strict=True):
             if grads is not None:
                 bucket.step(grads, self._hyper(group), scaling)
@@ -370,13 +370,15 @@ class SlabOptimizer(torch.optim.Optimizer):
     def _holds(
         self, layout: Layout, group: dict[str, Any], state: dict[Tensor, Any] | None
     ) -> bool:
-        """Whether a layout of the group would be made again like this one; `state` as there."""
+        """Whether the options are right and a layout would be made again like this one."""
         options = self._deciding(group)
         if options != layout.options:
             self._check(group)
             if self._flags(group) != layout.flags:
                 return False
-            layout.options = options
+            # A tensor may be written to: it is looked at in every step.
+            known = not any(isinstance(option, Tensor) for option in options)
+            layout.options = options if known else None
         return layout.holds(group["params"], state)
 
     def _flags(self, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -388,7 +390,7 @@ class SlabOptimizer(torch.optim.Optimizer):
         rule = self._rule(group)._replace(sweep=self._sweep)
         with torch.inference_mode(False):
             layout = Layout(rule, group, self.state, self._why_torch(group))
-        layout.flags, layout.options = self._flags(group), self._deciding(group)
+        layout.flags = self._flags(group)
         self._layouts[index] = layout
         self._entries = None
         return layout
@@ -466,7 +468,8 @@ class SlabOptimizer(torch.optim.Optimizer):
         layouts = []
         for index, group in enumerate(self.param_groups):
             layout = self._layouts.get(index)
-            if layout is None or not self._holds(layout, group, self.state):
+            same = layout is not None and layout.flags == self._flags(group)
+            if layout is None or not same or not layout.holds(group["params"], self.state):
                 layout = self._look(index)
             layouts.append(layout)
         return table(layouts)
