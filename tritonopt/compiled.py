@@ -20,6 +20,7 @@ from torch._dynamo import eval_frame
 
 from tritonopt.eager import Scratch
 from tritonopt.inductor import inductor, trust_processor
+from tritonopt.layout import IMMUTABLE
 from tritonopt.sweep import RECENT_ROOMS, SERIAL, Sweep
 
 LIVE = ("lr", "momentum", "correction")
@@ -88,7 +89,9 @@ class CompiledSweep(Sweep):
 
 def _immutable(hyper: dict[str, Any]) -> dict[str, Any]:
     """With the values that tensors have now, and with the scalar that `step` makes for a loop."""
-    values = {name: float(v) if isinstance(v, Tensor) else v for name, v in hyper.items()}
+    values: dict[str, Any] = {
+        name: v if isinstance(v, IMMUTABLE) else float(v) for name, v in hyper.items()
+    }
     if "step" in values:
         values["correction"] = 1 - values["alpha"] ** values.pop("step")
     return values

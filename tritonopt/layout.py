@@ -34,6 +34,9 @@ class Rule(NamedTuple):
     sweep: Callable[..., Sweep] = Sweep
 
 
+IMMUTABLE = (int, float, str, type(None))
+"""Types of options that are what they were. A tensor or an array may have been written to."""
+
 BAD_GRADIENT = "has a gradient of another type, device or shape"
 
 

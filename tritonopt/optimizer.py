@@ -15,7 +15,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from tritonopt import packing, traced
 from tritonopt.describe import table
 from tritonopt.device import is_capturing, path
-from tritonopt.layout import Layout, Rule, Stale, why_not_native
+from tritonopt.layout import IMMUTABLE, Layout, Rule, Stale, why_not_native
 from tritonopt.scaling import NONE, Scaling, scaled, scaling, total_norm
 from tritonopt.shard import is_sharded, local
 from tritonopt.sweep import Sweep
@@ -376,8 +376,7 @@ class SlabOptimizer(torch.optim.Optimizer):
             self._check(group)
             if self._flags(group) != layout.flags:
                 return False
-            # A tensor may be written to: it is looked at in every step.
-            known = not any(isinstance(option, Tensor) for option in options)
+            known = all(isinstance(option, IMMUTABLE) for option in options)
             layout.options = options if known else None
         return layout.holds(group["params"], state)
 
