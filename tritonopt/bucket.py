@@ -47,11 +47,10 @@ class Bucket:
         self.device = params[0].device
         self.dtype = params[0].dtype
         self.keys = ("step", *rule.keys)
-        self._held = {key: list(map(itemgetter(key), states)) for key in self.keys}
-        self.columns = {key: self._local(column) for key, column in self._held.items()}
+        self.columns = {key: self._local([s[key] for s in states]) for key in self.keys}
+        self._counts = [s["step"] for s in states]
         self._steps_at = addresses(self.columns["step"])  # without dimensions: no more to look at
-        self.tensors = list(chain(params, *(self.columns[key] for key in rule.keys)))
-        self._place = Place(self.tensors)
+        self._place = Place([*params, *chain(*(self.columns[key] for key in rule.keys))])
         grads = (p.grad for p in self.owners)
         self.grad_dtype = next((g.dtype for g in grads if g is not None), self.dtype)
         self._expected: Guards | None = None  # of gradients that need no look, one by one
@@ -73,15 +72,14 @@ class Bucket:
     def holds(self) -> bool:
         """Whether every parameter and state tensor still lies where it lay, and as it lay."""
         try:
-            for key, column in self._held.items():
-                if not all(map(is_, map(itemgetter(key), self.states), column)):
-                    return False
+            steps, *columns = (list(map(itemgetter(key), self.states)) for key in self.keys)
         except KeyError:
             return False
-        tensors = self.tensors
+        if not all(map(is_, steps, self._counts)):
+            return False
+        tensors = list(chain(self.owners, *columns))
         if self.sharded:  # a DTensor may have got another part
-            columns = (self._held[key] for key in self.rule.keys)
-            tensors = self._local([*self.owners, *chain(*columns)])
+            tensors = self._local(tensors)
         return addresses(self.columns["step"]) == self._steps_at and self._place.holds(tensors)
 
     def gradients(self) -> list[Tensor | None] | None:

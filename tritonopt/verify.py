@@ -53,12 +53,16 @@ class Place:
             self._chunks.append((where, addresses(chunk), Guards(chunk), _geometry(chunk)))
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
-        for where, known, guards, geometry in self._chunks:
-            chunk = tensors[where]
-            if addresses(chunk) != known:
-                return False
-            if not guards.fit(chunk) and _geometry(chunk) != geometry:
-                return False
+        """Whether the tensors, which may be others, lie there in the same way."""
+        try:
+            for where, known, guards, geometry in self._chunks:
+                chunk = tensors[where]
+                if addresses(chunk) != known:
+                    return False
+                if not guards.fit(chunk) and _geometry(chunk) != geometry:
+                    return False
+        except (TypeError, RuntimeError):  # of what is no tensor, or has no memory
+            return False
         return True
 
 
@@ -71,4 +75,4 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _geometry(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    return [(t.dtype, t.device, t.size(), t.stride(), t.is_neg()) for t in tensors]
+    return [(type(t), t.dtype, t.device, t.size(), t.stride(), t.is_neg()) for t in tensors]
