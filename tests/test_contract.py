@@ -385,7 +385,7 @@ def test_describe_changes_nothing(name):
 
 def test_no_kernel_for_a_device(name, monkeypatch):
     """Then torch's own implementation runs."""
-    monkeypatch.setattr("tritonopt.layout.path", lambda device: (None, f"no kernel for {device}"))
+    monkeypatch.setattr("tritonopt.eligible.path", lambda device: (None, f"no kernel for {device}"))
     params = parameters(SHAPES)
     ours, theirs, copies = twins(name, params)
     assert not ours.state

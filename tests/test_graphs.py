@@ -34,7 +34,8 @@ def test_invariants_in_the_interpreter():
 def capture(monkeypatch):
     """A switch: while it is on, every stream says that it records."""
     state = {"on": False}
-    for module in ("device", "layout", "optimizer", "ops", "rprop", "kernels.launch"):
+    kernels = ("kernels.launch", "kernels.tables")
+    for module in ("device", "groups", "bucket", "plan", "rprop", *kernels):
         monkeypatch.setattr(f"tritonopt.{module}.is_capturing", lambda device: state["on"])
     return state
 
@@ -60,7 +61,7 @@ def test_interpreted_capture_allocates_and_reads_nothing(name, capture, monkeypa
         raise AssertionError("not during a capture")
 
     with monkeypatch.context() as during:
-        during.setattr("tritonopt.kernels.launch._buffers", refuse)
+        during.setattr("tritonopt.kernels.tables._buffers", refuse)
         during.setattr("tritonopt.slab.allocate", refuse)
         during.setattr(torch.cuda, "synchronize", refuse)
         for method in ("item", "__float__", "__bool__", "tolist", "cpu", "to", "pin_memory"):
@@ -98,13 +99,13 @@ def test_interpreted_tables_of_captures_are_never_written_again(name, capture):
 @names
 def test_interpreted_tables_outlive_their_launch(name, capture):
     """A graph may be replayed after the optimizer is gone."""
-    from tritonopt.kernels import launch as module
+    from tritonopt.kernels import tables
 
     optimizer, launch = optimizer_and_launch(name)
     capture["on"] = True
     table = launch._table((0, 0))
     del optimizer, launch
-    assert any(table is held for pair in module._captured for held in pair)
+    assert any(table is held for pair in tables._captured for held in pair)
 
 
 @interpreted

@@ -11,7 +11,7 @@ LAUNCHED = [name for name in DEVICES if path(torch.device(name))[0] == "kernel"]
 if not LAUNCHED:
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from tritonopt.kernels import launch
+from tritonopt.kernels import launch, tables
 
 RPROP = {
     "etaminus": 0.5, "etaplus": 1.2, "step_size_min": 1e-6, "step_size_max": 50.0,
@@ -91,16 +91,16 @@ def test_a_table_is_uploaded_only_when_an_address_changed(device, monkeypatch):
     params, grads, prevs, step_sizes = tensors([5, 6], device)
     others = [grad.clone() for grad in grads]
     uploads = []
-    buffers = launch._buffers
-    monkeypatch.setattr(launch, "_buffers", lambda *args: uploads.append(args) or buffers(*args))
+    buffers = tables._buffers
+    monkeypatch.setattr(tables, "_buffers", lambda *args: uploads.append(args) or buffers(*args))
     update = launch.Launch(launch.rprop_, params, [prevs, step_sizes])
     partly = [None, others[1]]
     for chosen, count in ((grads, 1), (grads, 1), (others, 2), (grads, 2), (partly, 3)):
         update(chosen, **RPROP)
         assert len(uploads) == count
-    for _ in range(3 * launch.RECENT_TABLES):
+    for _ in range(3 * tables.RECENT_TABLES):
         update([torch.ones_like(grad) for grad in grads], **RPROP)
-    assert len(update.tables._recent) <= launch.RECENT_TABLES
+    assert len(update.tables._recent) <= tables.RECENT_TABLES
 
 
 def test_more_than_2_to_the_31_elements():

@@ -68,9 +68,8 @@ class CompiledSweep(Sweep):
     ) -> Shortcut | None:
         """Updates; how to do the same without dynamo, if that can be told."""
         live = {name: _input(name, value) for name, value in hyper.items()}
-        # Not as views: guards on what they are views of would tell spans from large tensors.
-        bare = [flat if flat is None else flat.data for flat in flats]
-        grad = grad.data
+        bare = [None if flat is None else _bare(flat) for flat in flats]
+        grad = _bare(grad)
         numel = grad.numel()
         graph = self._graphs.get(numel > SERIAL)
         if graph is None:
@@ -95,6 +94,15 @@ def _immutable(hyper: dict[str, Any]) -> dict[str, Any]:
     if "step" in values:
         values["correction"] = 1 - values["alpha"] ** values.pop("step")
     return values
+
+
+def _bare(tensor: Tensor) -> Tensor:
+    """The same memory, told from no other: neither a view nor with an offset, on which dynamo has
+    guards, and of which it makes symbols."""
+    tensor = tensor.detach()
+    if tensor.storage_offset() == 0:
+        return tensor.data
+    return torch.from_dlpack(torch.utils.dlpack.to_dlpack(tensor))
 
 
 def _input(name: str, value: Any) -> Any:

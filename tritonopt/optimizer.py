@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial, wraps
 from operator import is_
 from typing import Any
@@ -12,32 +12,26 @@ from torch import Tensor
 from torch.autograd import _profiler_enabled
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from tritonopt import packing, traced
+from tritonopt import traced
+from tritonopt.bucket import Stale
 from tritonopt.describe import table
-from tritonopt.device import is_capturing, path
-from tritonopt.layout import IMMUTABLE, Layout, Rule, Stale, why_not_native
+from tritonopt.device import path
+from tritonopt.groups import GroupedOptimizer, has_fused_amp
+from tritonopt.layout import Layout
 from tritonopt.scaling import NONE, Scaling, scaled, scaling, total_norm
-from tritonopt.shard import is_sharded, local
-from tritonopt.sweep import Sweep
-
-PATHS = ("capturable", "foreach", "differentiable")
-"""Options that decide which implementation runs."""
+from tritonopt.shard import is_sharded
 
 _HAS_ACCELERATOR = torch.accelerator.current_accelerator() is not None
 """Whether this torch is built for one, which a graph may be capturing on."""
 
 
-class SlabOptimizer(torch.optim.Optimizer):
+class SlabOptimizer(GroupedOptimizer):
     """Mixed in before one of torch's optimizers: validation, texts and old checkpoints are its."""
 
     _lists: int  # that torch's `_init_group` fills
-    _sweep: Callable[..., Sweep] = Sweep
     _compile_kwargs: dict[str, Any] | None = None
-    _layouts: dict[int, Layout]  # by position in param_groups; a cache, verified at every step
-    _entries: tuple[list[Tensor], list[Any]] | None = None  # of `state`, which layouts were made of
     max_grad_norm: float | None = None  # over all groups
     grad_norm: Tensor | None = None  # before clipping, of the last step with max_grad_norm
-    _options: dict[str, Any] = {}  # that torch does not have, with the values of torch's rule
 
     def __init__(
         self,
@@ -59,14 +53,6 @@ class SlabOptimizer(torch.optim.Optimizer):
             raise RuntimeError("`fused_amp` does not support `differentiable`")
         self._begin_all(options or {})
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        built = "_layouts" in self.__dict__  # not while the constructor adds the first groups
-        if built and isinstance(param_group, dict):
-            self._check({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        if built:
-            self._begin(len(self.param_groups) - 1)
-
     def __getstate__(self) -> dict[str, Any]:
         names = {"max_grad_norm", "_step_supports_amp_scaling", "_compile_kwargs"}
         kept = names & vars(self).keys()
@@ -75,25 +61,12 @@ class SlabOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_layouts", {})
-        if _has_fused_amp(self):  # a skipped step is not counted, which only the device knows
+        if has_fused_amp(self):  # a skipped step is not counted, which only the device knows
             for param, entry in self.state.items():
                 if isinstance(param, Tensor) and isinstance(entry.get("step"), Tensor):
                     entry["step"] = entry["step"].to(param.device)
         if self._compile_kwargs is not None:
             self.compile(**self._compile_kwargs)
-
-    def _begin_all(self, options: dict[str, Any]) -> None:
-        # Groups hold an option only where it is in force: a distributed checkpoint must have every
-        # key of a group, and one of torch's optimizer has torch's keys.
-        options = {name: v for name, v in options.items() if v != self._options[name]}
-        self.defaults.update(options)
-        for group in self.param_groups:
-            for name, value in options.items():
-                group.setdefault(name, value)
-            self._check(group)
-        self._layouts = {}
-        for index in range(len(self.param_groups)):
-            self._begin(index)
 
     def _adopt(self) -> None:
         """Takes over after `__class__` was changed from torch's optimizer."""
@@ -101,9 +74,6 @@ class SlabOptimizer(torch.optim.Optimizer):
         self._begin_all(self._options)
 
     # What a subclass says of its rule.
-
-    def _rule(self, group: dict[str, Any]) -> Rule:
-        raise NotImplementedError
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
         """The rule's keyword arguments."""
@@ -113,10 +83,6 @@ class SlabOptimizer(torch.optim.Optimizer):
         """One step of the group by torch's functional implementation."""
         raise NotImplementedError
 
-    def _initial(self, key: str, group: dict[str, Any]) -> float:
-        """The value with which a state tensor begins."""
-        return 0.0
-
     def _see_loss(self, loss: Any) -> None:
         """Called once per step, before anything is updated, with what the closure returned."""
 
@@ -124,55 +90,8 @@ class SlabOptimizer(torch.optim.Optimizer):
         """Whether the host must know, before anything is updated, that a step is not skipped."""
         return False
 
-    def _check_traced(self, group: dict[str, Any]) -> None:
-        """Raises where a traced graph could not do what the group asks of it."""
-        if self.max_grad_norm is not None or getattr(self, "_step_supports_amp_scaling", False):
-            raise ValueError("max_grad_norm and fused_amp need a step that is not traced")
-        if any(map(is_sharded, group["params"])):
-            raise ValueError("sharded parameters need a step that is not traced")
-
-    def _is_as_new(self, entry: dict[str, Any]) -> bool:
-        """Whether state is as it was made."""
-        return not any(bool(local(tensor).any()) for tensor in entry.values())
-
     def _before_update(self, group: dict[str, Any], layout: Layout) -> None:
         """Called before each update of a group."""
-
-    def _traced_update(
-        self, group: dict[str, Any], native: Any, rest: Any, has_complex: bool
-    ) -> None:
-        """One step of the group in a graph: an op for the native lists, torch for the rest."""
-        raise NotImplementedError
-
-    def _deciding(self, group: dict[str, Any]) -> list[Any]:
-        """The values that `_check`, `_rule` and `_why_torch` depend on, and `capturable`."""
-        raise NotImplementedError
-
-    def _why_torch(self, group: dict[str, Any]) -> str | None:
-        """Why a group is left to torch as a whole; None if it is not."""
-        if group["differentiable"]:
-            return "differentiable=True"
-        if group["foreach"] is not None:
-            return f"foreach={group['foreach']}"
-        return None
-
-    def _check(self, group: dict[str, Any]) -> None:
-        """Raises ValueError where an option has a wrong value or does not go with another."""
-        option = self._beyond_torch(group)
-        why = self._why_torch(group) if option else None
-        if why:
-            raise ValueError(f"{option} is not in torch's implementation, which {why} selects")
-
-    def _option(self, group: dict[str, Any], name: str) -> Any:
-        """The value of an option that torch does not have."""
-        return group.get(name, self._options[name])
-
-    def _beyond_torch(self, group: dict[str, Any]) -> str | None:
-        """An option in force that torch does not have; None if torch has the group's rule."""
-        for name, value in self._options.items():
-            if self._option(group, name) != value:
-                return f"{name}={self._option(group, name)!r}"
-        return None
 
     # The step.
 
@@ -252,25 +171,9 @@ class SlabOptimizer(torch.optim.Optimizer):
             self._check_fallback(index, layout)
             return layout, [bucket.gradients() for bucket in layout.buckets]
 
-    def _check_fallback(self, index: int, layout: Layout) -> None:
-        """Raises where torch could not do what the group asks of it."""
-        group = self.param_groups[index]
-        option = self._beyond_torch(group)
-        for param, why in layout.fallback:
-            if param.grad is None:
-                continue
-            if param.grad.is_sparse:
-                title = self._rule(group).title
-                raise RuntimeError(f"{title} does not support sparse gradients")
-            if option:
-                raise ValueError(
-                    f"{option} is not in torch's implementation, which is needed for a parameter "
-                    f"of size {tuple(param.size())}: it {why}"
-                )
-
     def _scaling(self, work: list[Any]) -> Scaling | None:
         """What the gradients count; None if the step is skipped, as far as the host may know."""
-        amp = vars(self) if _has_fused_amp(self) else {}
+        amp = vars(self) if has_fused_amp(self) else {}
         grad_scale, skip = amp.get("grad_scale"), amp.get("found_inf")
         if grad_scale is None and skip is None and self.max_grad_norm is None:
             return NONE
@@ -299,6 +202,8 @@ class SlabOptimizer(torch.optim.Optimizer):
                 bucket.step(grads, self._hyper(group), scaling)
                 if group["capturable"]:
                     bucket.reserve()
+
+    # Compiled steps.
 
     def compile(self, **kwargs: Any) -> None:
         """From now on :meth:`step` runs compiled code: :meth:`torch.nn.Module.compile` for steps.
@@ -345,110 +250,18 @@ class SlabOptimizer(torch.optim.Optimizer):
         has_complex = super()._init_group(rest, *lists[count:])  # type: ignore[misc]
         return traced.HAS_COMPLEX * bool(has_complex) + traced.STEPS_ARE_KNOWN * known
 
-    # The layout.
+    def _check_traced(self, group: dict[str, Any]) -> None:
+        """Raises where a traced graph could not do what the group asks of it."""
+        if self.max_grad_norm is not None or getattr(self, "_step_supports_amp_scaling", False):
+            raise ValueError("max_grad_norm and fused_amp need a step that is not traced")
+        if any(map(is_sharded, group["params"])):
+            raise ValueError("sharded parameters need a step that is not traced")
 
-    def _current(self, index: int, state: dict[Tensor, Any] | None) -> Layout:
-        """The group's layout, made again where it no longer holds."""
-        group = self.param_groups[index]
-        layout = self._layouts.get(index)
-        if layout is None or not self._holds(layout, group, state) or layout.lacks_state():
-            if any(is_capturing(p.device) for p in group["params"][:1]):
-                raise RuntimeError(
-                    "parameters, state or options changed since the last step, or there was none: "
-                    "take one step before a graph captures it"
-                )
-            self._check(group)
-            begun = [p for p in group["params"] if p.grad is not None or self.state.get(p)]
-            self._make_state(group, begun)
-            return self._look(index)
-        layout.steps += 1
-        # What lies outside a slab is packed once it has stayed in place for a step: some users move
-        # parameters or state before every step.
-        packed = layout.steps == 1 and self._pack_moved(group, layout)
-        return self._look(index) if packed else layout
-
-    def _holds(
-        self, layout: Layout, group: dict[str, Any], state: dict[Tensor, Any] | None
-    ) -> bool:
-        """Whether the options are right and a layout would be made again like this one."""
-        options = self._deciding(group)
-        if options != layout.options:
-            self._check(group)
-            if self._flags(group) != layout.flags:
-                return False
-            known = all(isinstance(option, IMMUTABLE) for option in options)
-            layout.options = options if known else None
-        return layout.holds(group["params"], state)
-
-    def _flags(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return self._rule(group), self._why_torch(group), group["capturable"]
-
-    def _look(self, index: int) -> Layout:
-        """Makes the layout."""
-        group = self.param_groups[index]
-        rule = self._rule(group)._replace(sweep=self._sweep)
-        with torch.inference_mode(False):
-            layout = Layout(rule, group, self.state, self._why_torch(group))
-        layout.flags = self._flags(group)
-        self._layouts[index] = layout
-        self._entries = None
-        return layout
-
-    def _begin(self, index: int) -> None:
-        """Packs a new group and makes its state: a checkpoint before the first step has it, too."""
-        group = self.param_groups[index]
-        params = list(dict.fromkeys(p for p in group["params"] if p.requires_grad))
-        if not self._why_torch(group):
-            packing.pack(params)
-        self._make_state(group, params)
-        self._look(index)
-
-    def _make_state(self, group: dict[str, Any], params: Iterable[Tensor]) -> None:
-        """State for the parameters that have none yet, unless torch must make it itself."""
-        rule = self._rule(group)
-        if group["differentiable"]:
-            return
-        new = [p for p in params if why_not_native(p) is None and self._is_unmade(p, rule.keys)]
-        if not new:
-            return
-        on_device = group["capturable"] or _has_fused_amp(self)
-        starts = {key: self._initial(key, group) for key in rule.keys}
-        packing.make_state(self.state, new, starts, on_device)
-
-    def _is_unmade(self, param: Tensor, keys: Sequence[str]) -> bool:
-        """Whether a parameter has no state, or one as new that does not fit it any more.
-
-        torch makes state at the first step: until then, momentum may be turned on, and the model
-        be moved and cast.
-        """
-        entry = self.state.get(param)
-        if not entry:
-            return True
-        if not all(isinstance(value, Tensor) for value in entry.values()):
-            return False
-        fits = all(
-            key in entry and (entry[key].dtype, entry[key].device) == (param.dtype, param.device)
-            for key in keys
-        )
-        return not fits and self._is_as_new(entry)
-
-    def _pack_moved(self, group: dict[str, Any], layout: Layout) -> bool:
-        """Packs what left the slabs; no parameter of an accelerator: graphs may know its place.
-
-        Returns whether anything was packed.
-        """
-        keys = ("step", *self._rule(group).keys)
-        native = [
-            p
-            for p in layout.params
-            if self.state.get(p, {}).keys() >= {*keys} and why_not_native(p) is None
-        ]
-        if self._why_torch(group) or any(is_capturing(p.device) for p in native[:1]):
-            return False
-        packed = packing.pack([p for p in native if p.device.type == "cpu"])
-        if any(p.device.type != "cpu" for p in native) and group["capturable"]:
-            return packed
-        return packing.pack_state(self.state, native, keys) or packed
+    def _traced_update(
+        self, group: dict[str, Any], native: Any, rest: Any, has_complex: bool
+    ) -> None:
+        """One step of the group in a graph: an op for the native lists, torch for the rest."""
+        raise NotImplementedError
 
     def describe(self) -> str:
         """A table of what updates which parameters, and why any of them is not packed.
@@ -487,7 +300,3 @@ def _has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
         or _global_optimizer_pre_hooks
         or _global_optimizer_post_hooks
     )
-
-
-def _has_fused_amp(optimizer: torch.optim.Optimizer) -> bool:
-    return getattr(optimizer, "_step_supports_amp_scaling", False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tritonopt import slab
-from tritonopt.layout import is_plain, same_layout, why_not_native
+from tritonopt.eligible import is_plain, same_layout, why_not_native
 from tritonopt.shard import is_sharded
 
 

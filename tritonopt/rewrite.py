@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tritonopt import patterns
 from tritonopt.device import path
-from tritonopt.layout import HALF_OR_SINGLE
+from tritonopt.eligible import HALF_OR_SINGLE
 from tritonopt.values import Segment, Trace
 
 LISTS = {

@@ -12,8 +12,9 @@ from torch.optim.optimizer import ParamsT, _to_scalar
 from torch.optim.rmsprop import rmsprop
 
 from tritonopt import eager, traced
-from tritonopt.layout import Rule
-from tritonopt.optimizer import PATHS, SlabOptimizer
+from tritonopt.bucket import Rule
+from tritonopt.groups import PATHS
+from tritonopt.optimizer import SlabOptimizer
 
 _HYPER = ("alpha", "eps", "weight_decay", "momentum", "maximize")
 _SWITCHES = ("eps_in_sqrt", "lr_in_momentum", "nesterov", "decoupled_weight_decay")

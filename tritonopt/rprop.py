@@ -11,9 +11,11 @@ from torch.optim.optimizer import ParamsT
 from torch.optim.rprop import rprop
 
 from tritonopt import eager
+from tritonopt.bucket import Rule
 from tritonopt.device import is_capturing
-from tritonopt.layout import Layout, Rule
-from tritonopt.optimizer import PATHS, SlabOptimizer
+from tritonopt.groups import PATHS
+from tritonopt.layout import Layout
+from tritonopt.optimizer import SlabOptimizer
 from tritonopt.shard import local
 
 VARIANTS = ("irprop-", "rprop-", "rprop+", "irprop+")

@@ -1,0 +1,94 @@
+"""Which tensors one launch or one sweep can take, and why others are left to torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tritonopt import slab
+from tritonopt.device import path
+from tritonopt.shard import local, same_shards
+
+HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+
+BAD_GRADIENT = "has a gradient of another type, device or shape"
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor is nothing but memory: an address, a shape and strides."""
+    return (
+        type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+        and tensor.layout is torch.strided
+        and not torch.nn.parameter.is_lazy(tensor)
+    )
+
+
+def same_layout(left: Tensor, right: Tensor) -> bool:
+    """Whether equal offsets are equal elements. Strides of dimensions of size 1 do not matter."""
+    return left.size() == right.size() and all(
+        size == 1 or a == b
+        for size, a, b in zip(left.size(), left.stride(), right.stride(), strict=True)
+    )
+
+
+def belongs(grad: Tensor, param: Tensor) -> bool:
+    return is_plain(grad) and grad.device == param.device and grad.size() == param.size()
+
+
+def why_not_native(param: Tensor) -> str | None:
+    """Why a parameter is left to torch whatever its state and gradient are; None if it is not."""
+    param = local(param)
+    if not is_plain(param):
+        return f"is a {type(param).__name__}" if type(param) is not Tensor else f"is {param.layout}"
+    if param.dtype not in (*HALF_OR_SINGLE, torch.float64):
+        return f"is {param.dtype}".replace("torch.", "")
+    if not slab.is_dense(param):
+        return "is not dense"
+    if param.is_neg():
+        return "is lazily negated"
+    kind, name = path(param.device)
+    return None if kind else name
+
+
+def why_not_together(param: Tensor, grad: Tensor | None, states: Sequence[Tensor]) -> str | None:
+    """Why a parameter that has state is left to torch; None if a launch can take it."""
+    if not all(same_shards(param, state) for state in states):
+        return "has state that is sharded in another way"
+    if grad is not None and not same_shards(param, grad):
+        return BAD_GRADIENT
+    param, grad, states = local(param), local(grad), [local(state) for state in states]
+    for tensor in states:
+        if not isinstance(tensor, Tensor) or not is_plain(tensor) or tensor.is_neg():
+            return "has state that is not a plain tensor"
+        if tensor.device != param.device:
+            return f"has state on {tensor.device}"
+        if not same_layout(tensor, param) or not slab.is_dense(tensor):
+            return "has state of another shape or memory layout"
+    if grad is not None and grad.layout is torch.strided:
+        if not belongs(grad, param):
+            return BAD_GRADIENT
+    dtypes = {t.dtype for t in (param, *states, *([] if grad is None else [grad]))}
+    if len({s.dtype for s in states}) > 1 or not (len(dtypes) == 1 or dtypes <= {*HALF_OR_SINGLE}):
+        return "mixes dtypes: " + ", ".join(sorted(str(d).replace("torch.", "") for d in dtypes))
+    return None
+
+
+def overlapping(params: Sequence[Tensor]) -> set[int]:
+    """Indices of parameters that share memory: one launch would write it twice at once."""
+    ranges = []
+    for index, param in enumerate(params):
+        if is_plain(param) and param.numel() and param.device.type != "meta":
+            last = sum((n - 1) * s for n, s in zip(param.size(), param.stride(), strict=True))
+            start = param.data_ptr()
+            ranges.append((start, start + (last + 1) * param.itemsize, index))
+    ranges.sort()
+    found: set[int] = set()
+    end, owner = 0, -1
+    for start, stop, index in ranges:
+        if start < end:
+            found |= {index, owner}
+        if stop > end:
+            end, owner = stop, index
+    return found
