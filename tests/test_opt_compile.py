@@ -159,9 +159,11 @@ def step_both(ours, theirs, missing=()):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_guards_are_asked_once_per_size_and_numbers(name, through_dynamo):
-    ours, theirs = optimizers(name, parameters(((50,), (60,), (300, 300))))
+    """Wherever in a slab the memory lies: the vectors, as two pieces, in the middle of one."""
+    shapes = ((300, 300), (50,), (60,), (9, 9, 999), (40,), (90,))
+    ours, theirs = optimizers(name, parameters(shapes))
     ours.compile()
-    for count, missing in [(2, ()), (2, ()), (3, (0,)), (3, (0,)), (3, ())]:
+    for count, missing in [(4, ()), (4, ()), (5, (1,)), (5, (1,)), (5, ())]:
         for optimizer in (ours, theirs):
             optimizer.param_groups[0]["lr"] *= 0.5
         step_both(ours, theirs, missing)
@@ -169,8 +171,10 @@ def test_guards_are_asked_once_per_size_and_numbers(name, through_dynamo):
     for optimizer in (ours, theirs):
         optimizer.param_groups[0]["maximize"] = True
     step_both(ours, theirs)
-    assert len(through_dynamo) == 5
+    assert len(through_dynamo) == 9
     step_both(ours, theirs)
+    assert len(through_dynamo) == 9
+    assert graphs() == 4  # of few and of many elements
     assert_close(ours, theirs, rtol=0.0 if name == "Rprop" else 1e-3)
 
 
