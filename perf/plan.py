@@ -67,8 +67,9 @@ def plan(
         "compile": compile_time.jobs(device, quick, effort.counts, effort.compiling),
     }
     jobs |= {"tune": tune.jobs(device, quick)} if gpu else {"variants": variants.jobs()}
+    apart = ("steps", "curve", "counts") if effort is CPU else ()  # else there is no time to begin
     return {
-        name: Part(part, effort.limits.get(name))
+        name: Part(part, effort.limits.get(name), name in apart)
         for name, part in jobs.items()
         if name in options.only
     }

@@ -181,6 +181,30 @@ def test_parts_end_in_time_and_keep_what_they_found(tmp_path):
     assert json.loads((tmp_path / "folder" / "results.json").read_text()) == results
 
 
+APART = """
+import os
+from functools import partial
+from perf import run
+jobs = {
+    "process": partial(map, eval, ["{'process': __import__('os').getpid()}"]),
+    "broken": partial(map, int, ["x"]),
+}
+results = {}
+run.run({"part": run.Part(jobs, apart=True)}, results)
+first, second = results["part"]
+assert first["process"] != os.getpid()
+assert second == {
+    "job": "broken", "missing": "ValueError: invalid literal for int() with base 10: 'x'"
+}
+"""
+
+
+def test_jobs_in_processes_of_their_own():
+    command = [sys.executable, "-c", APART]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_progress_without_rich(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     run.run({"part": run.Part({"one": list, "two": list})}, {})
