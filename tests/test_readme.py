@@ -51,7 +51,7 @@ def test_the_two_commands():
     commands = re.findall(r"^pip install .*$", README, re.M)
     assert commands == [
         'pip install ".[demo]" && python -m tritonopt',
-        'pip install -e ".[test,test-ecosystem]" && pytest',
+        'pip install -e ".[test]" && pytest',
     ]
 
 
