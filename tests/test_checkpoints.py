@@ -274,6 +274,18 @@ def test_state_of_other_parameters_survives(name):
     assert ours.state[99] == {"kept": 1}
 
 
+def test_step_sizes_loaded_in_place():
+    """As torch.distributed.checkpoint loads; then lr changes before the first step here."""
+    (param,), saved = parameters([(3,)]), {"step": 7.0, "prev": 1.0, "step_size": 0.25}
+    optimizer = OURS["Rprop"]([param], lr=0.01)
+    for key, value in saved.items():
+        optimizer.state[param][key].fill_(value)
+    optimizer.param_groups[0]["lr"] = 0.001
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.equal(optimizer.state[param]["step_size"], torch.full((3,), 0.25 * 1.2))
+
+
 @pytest.mark.skipif(not EAGER, reason="bits of RMSprop: torch's square root is not rounded")
 def test_half_way_between_two_optimizers(name):
     """Alternating every step, each loading what the other left."""

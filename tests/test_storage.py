@@ -435,6 +435,22 @@ def test_a_held_state_dict_follows(name, device):
         assert all(torch.equal(held[k], v) for k, v in model.named_parameters())
 
 
+def test_state_replaced_by_an_alias_whose_original_is_moved(name, device):
+    """The address is the same, and the tensor that it was known by lies elsewhere now."""
+    params = parameters(SHAPES, device=device)
+    aliases = [p.detach() for p in params[::2]]  # updated in place
+    ours, theirs, copies = twins(name, params)
+    follow(ours, theirs, params, copies, 2)
+    for optimizer in (ours, theirs):
+        for entry in optimizer.state.values():
+            for key in entry.keys() - {"step"}:
+                original = entry[key]
+                entry[key] = original.detach()
+                original.data = torch.full_like(original, 100.0)
+    follow(ours, theirs, params, copies, 3)
+    assert all(p.data_ptr() == a.data_ptr() for p, a in zip(params[::2], aliases, strict=True))
+
+
 def test_a_graph_recorded_before_construction(name):
     params = parameters([(5,), (5,)])
     loss = (params[0] ** 2 * params[1]).sum()

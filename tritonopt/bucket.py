@@ -57,7 +57,9 @@ class Bucket:
         self._all_given = False  # whether the gradients last asked for are
         self._steps, self._lone_steps = slab.spans([self.columns["step"]], len(params), 1, 1)
 
-        columns = [self.columns.get(key) for key in rule.all_keys]
+        # Other tensors of the same memory: these may leave the state, and be moved.
+        memory = {key: [t.detach() for t in self.columns[key]] for key in rule.keys}
+        columns = [memory.get(key) for key in rule.all_keys]
         self.update: Callable[..., None]
         if path(self.device)[0] == "eager":
             self.update = rule.sweep(rule.eager, params, columns)

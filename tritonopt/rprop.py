@@ -13,12 +13,12 @@ from torch.optim.rprop import rprop
 from tritonopt import eager
 from tritonopt.bucket import Rule
 from tritonopt.device import is_capturing
+from tritonopt.eager import VARIANTS
 from tritonopt.groups import PATHS
 from tritonopt.layout import Layout
 from tritonopt.optimizer import SlabOptimizer
 from tritonopt.shard import local
 
-VARIANTS = ("irprop-", "rprop-", "rprop+", "irprop+")
 _DECIDING = ("variant", *PATHS)
 
 
@@ -65,14 +65,16 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
 
     State of each parameter, each of its shape and dtype but ``step`` (a float32 scalar): ``step``,
     ``prev`` (the last gradient, 0 after a change of sign), ``step_size``. It exists from
-    construction on. A ``step_size`` that nothing has used yet (``step`` is 0, ``prev`` is 0, all
-    elements equal) starts from the ``lr`` in force at the first step, as in torch, where a warm-up
-    may have changed it.
+    construction on, but of parameters that are left to torch from their first step on. A
+    ``step_size`` that nothing has used yet (``step`` is 0, ``prev`` is 0, all elements equal)
+    starts from the ``lr`` in force at the first step, as in torch, where a warm-up may have changed
+    it.
 
     Raises:
         ValueError: ``lr`` is negative or has several elements, the factors are not
-            ``0 < etaminus < 1 < etaplus``, there is no such ``variant``, or ``foreach`` or
-            ``differentiable`` is given with a variant that torch does not have.
+            ``0 < etaminus < 1 < etaplus``, ``max_grad_norm`` is not positive, there is no such
+            ``variant``, or ``foreach`` or ``differentiable`` is given with one torch does not have.
+        RuntimeError: ``fused_amp`` is given with ``differentiable``.
         TypeError: ``params`` is one tensor, or holds something else than tensors.
 
     Example:
@@ -179,7 +181,13 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
             raise ValueError("variant='irprop+' needs the loss: step(closure) must return it")
         if isinstance(loss, Tensor) and is_capturing(loss.device):
             raise RuntimeError("variant='irprop+' compares losses on the host: no graph can do it")
-        self._loss = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        try:
+            self._loss = float(loss.detach() if isinstance(loss, Tensor) else loss)
+        except (TypeError, ValueError, RuntimeError) as error:
+            kind = f"a tensor of size {tuple(loss.size())}" if isinstance(loss, Tensor) else loss
+            raise ValueError(
+                f"variant='irprop+' needs the loss as one number: step(closure) returned {kind!r}"
+            ) from error
 
     def _traced_update(
         self, group: dict[str, Any], native: Any, rest: Any, has_complex: bool
@@ -198,7 +206,7 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         layout = super()._look(index)
         layout.first = _First(  # type: ignore[attr-defined]
             [
-                (param, local(entry["step_size"]), float(local(entry["step_size"]).flatten()[0]))
+                (param, float(local(entry["step_size"]).flatten()[0]))
                 for param, entry in zip(layout.params, layout.states, strict=True)
                 if entry
                 and "step_size" in entry
@@ -217,19 +225,23 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         first = layout.first  # type: ignore[attr-defined]
         unused = first.unused + first.skipped(group["lr"], self.state)
         first.unused = []
-        for param, step_size, value in unused:
+        for param, value in unused:
             if param.grad is None:
-                first.unused.append((param, step_size, value))
+                first.unused.append((param, value))
                 continue
+            entry = self.state[param]
+            step_size = local(entry["step_size"])
             lr = _rounded(float(group["lr"]), step_size.dtype)
             if lr != value:
                 if is_capturing(param.device):
                     raise RuntimeError(
                         "lr changed before the first step: take one step before a graph captures it"
                     )
+                if not _is_unused(entry):  # written to since: a checkpoint, loaded in place
+                    continue
                 step_size.fill_(lr)
             if vars(self).get("found_inf") is not None:  # else the host has seen to it
-                first.perhaps.append((param, step_size, lr))
+                first.perhaps.append((param, lr))
                 first.lr = group["lr"]
 
 
@@ -240,12 +252,12 @@ class _First:
     the device knows.
     """
 
-    def __init__(self, unused: list[tuple[Tensor, Tensor, float]]) -> None:
+    def __init__(self, unused: list[tuple[Tensor, float]]) -> None:
         self.unused = unused
-        self.perhaps: list[tuple[Tensor, Tensor, float]] = []
+        self.perhaps: list[tuple[Tensor, float]] = []
         self.lr: Any = None
 
-    def skipped(self, lr: Any, state: Any) -> list[tuple[Tensor, Tensor, float]]:
+    def skipped(self, lr: Any, state: Any) -> list[tuple[Tensor, float]]:
         """Those whose step was skipped, as far as it matters.
 
         It does not while a float lr is the same, nor in a graph, which takes them as they are.
