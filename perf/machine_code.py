@@ -8,6 +8,7 @@ than 128 bits.
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -186,4 +187,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     sys.exit(main())

@@ -1,6 +1,8 @@
 """The backend: every stock configuration is recognised and equals eager; the rest is left alone."""
 
 import contextlib
+import subprocess
+import sys
 from importlib.metadata import entry_points
 
 import pytest
@@ -9,6 +11,7 @@ from cases import TORCH
 from torch.optim.rmsprop import rmsprop
 from torch.optim.rprop import rprop
 
+import tritonopt
 from tritonopt import backend
 from tritonopt.device import INTERPRET
 
@@ -317,3 +320,28 @@ def test_explain():
     assert "left to Inductor: 2 x a write that is no step of RMSprop or Rprop" in text
     text = str(backend.explain(read_between_two, *tensors()))
     assert "RMSprop, but its tensors are used while it runs" in text
+    text = str(backend.explain(tritonopt.RMSprop(params).step))
+    assert "has 1 ops of tritonopt already" in text and "writes no" not in text
+    for p in params:
+        p.grad = None
+    assert "no graph" in str(backend.explain(torch.optim.RMSprop(params).step))
+
+
+def test_is_imported_by_who_asks_for_it():
+    code = (
+        "import sys, tritonopt; assert 'tritonopt.backend' not in sys.modules;"
+        "print(tritonopt.backend.explain.__name__, hasattr(tritonopt, 'nothing'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["explain", "False"]
+
+
+@pytest.mark.parametrize("wrong", [{"mode": "bogus"}, {"options": {"bogus": 1}}], ids=str)
+def test_wrong_options_of_inductor(wrong):
+    """Also where nothing is left to it."""
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    step = torch.compile(torch.optim.RMSprop([param]).step, backend="tritonopt", **wrong)
+    with pytest.raises(Exception, match="bogus"):
+        step()
+    assert torch.equal(param, torch.ones(3))

@@ -181,6 +181,25 @@ def test_errors_before_anything_is_written(change, error, text):
     assert torch.equal(arg[0][0], before[0][0])
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "text"),
+    [
+        ("rmsprop_", {"momentum": 0.9}, "momentum_buffers for momentum"),
+        ("rmsprop_", {"nesterov": True}, "momentum_buffers for nesterov"),
+        ("rmsprop_", {"lr_in_momentum": True}, "momentum_buffers for lr_in_momentum"),
+        ("rmsprop_", {"bias_correction": True}, "state_steps for bias_correction"),
+        ("rprop_", {"variant": "bogus"}, "invalid variant 'bogus'"),
+    ],
+    ids=str,
+)
+def test_options_that_could_have_no_effect(name, option, text):
+    ones, zeros = torch.ones(3), torch.zeros(3)
+    states = [[zeros], [], [], []] if name == "rmsprop_" else [[zeros], [zeros.clone()], []]
+    with pytest.raises(ValueError, match=text):
+        getattr(torch.ops.tritonopt, name)([ones], [ones.clone()], *states, **option)
+    assert torch.equal(ones, torch.ones(3)) and not zeros.any()
+
+
 def test_moved_tensors_are_updated_where_they_lie():
     arg = arguments("rprop_", [(64,)] * 20)
     step("rprop_", arg)

@@ -25,6 +25,7 @@ from compile_cases import (
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
+import tritonopt
 from tritonopt.compiled import Graph
 
 __all__ = ["fresh"]  # an autouse fixture
@@ -122,6 +123,13 @@ def test_copies_are_compiled_too(duplicate):
     theirs.step()
     assert graphs() == 1
     assert_close(ours, theirs, rtol=1e-5)
+
+
+def test_description():
+    optimizer = tritonopt.RMSprop(parameters())
+    assert "  eager  " in optimizer.describe()
+    optimizer.compile()
+    assert "  compiled  " in optimizer.describe()
 
 
 def test_options_of_torch_compile(monkeypatch):

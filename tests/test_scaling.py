@@ -163,6 +163,18 @@ def test_wrong_norms(name, value):
         OURS[name](parameters(), max_grad_norm=value)
 
 
+@pytest.mark.parametrize("option", [{"max_grad_norm": 1.0}, {"fused_amp": True}], ids=str)
+def test_not_of_one_group(name, option):
+    """Where it would be shown and have no effect."""
+    group = {"params": parameters(), **option}
+    with pytest.raises(ValueError, match="concerns all param groups"):
+        OURS[name]([group])
+    optimizer = OURS[name](parameters())
+    with pytest.raises(ValueError, match="concerns all param groups"):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+
+
 def test_differentiable_is_refused(name):
     with pytest.raises(RuntimeError, match="`fused_amp` does not support `differentiable`"):
         OURS[name](parameters(), fused_amp=True, differentiable=True)

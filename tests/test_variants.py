@@ -485,7 +485,11 @@ def test_refused_for_what_only_torch_takes(name, options, strange, why):
     assert optimizer.state[plain]["step"] == 1
 
 
-@pytest.mark.parametrize("closure", [None, lambda: None], ids=["no closure", "returns None"])
+LOSSES = {"None": None, "a dict": {"loss": 1.0}, "two": torch.ones(2)}
+
+
+@pytest.mark.parametrize("closure", [None, *[lambda loss=x: loss for x in LOSSES.values()]],
+                         ids=["no closure", *LOSSES])
 def test_irprop_plus_needs_the_loss(closure):
     param = torch.nn.Parameter(torch.ones(3))
     optimizer = tritonopt.Rprop([param], variant="irprop+")

@@ -1,5 +1,10 @@
 """RMSprop and Rprop for PyTorch: one Triton kernel per step, the same training to the last bit."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
 from tritonopt import ops as ops
 from tritonopt.convert import from_torch
 from tritonopt.rmsprop import RMSprop
@@ -7,3 +12,9 @@ from tritonopt.rprop import Rprop
 
 __all__ = ["RMSprop", "Rprop", "from_torch"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "backend":  # is imported by who asks for it
+        return import_module("tritonopt.backend")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from tritonopt import ops as ops
-from tritonopt.inductor import inductor
+from tritonopt.inductor import check, inductor
 from tritonopt.rewrite import Report, Rewrite
 
 _listeners: list[list[Report]] = []
@@ -43,6 +43,7 @@ def tritonopt(
     for reports in _listeners:
         reports.append(rewrite.report)
     if replaced and _is_update_only(module):
+        check(mode, options)
         return _Calls(module)
     return inductor(module, inputs, mode=mode, options=options)
 
@@ -51,6 +52,8 @@ class Explanation(list[Report]):
     """One report per graph that was compiled."""
 
     def __str__(self) -> str:
+        if not self:
+            return "no graph was compiled: nothing had to be computed (are there gradients?)"
         return "\n".join(
             f"graph {index}, {report.nodes} nodes\n  " + str(report).replace("\n", "\n  ")
             for index, report in enumerate(self)

@@ -33,6 +33,8 @@ _graphs: dict[Any, Graph] = {}
 
 
 class CompiledSweep(Sweep):
+    path = "compiled"  # in `describe()`
+
     def __init__(
         self,
         rule: Callable[..., None],

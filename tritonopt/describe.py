@@ -9,6 +9,7 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from tritonopt import slab
+from tritonopt.bucket import Bucket
 from tritonopt.device import path
 from tritonopt.layout import Layout
 
@@ -42,7 +43,7 @@ def _native(layout: Layout) -> Iterator[tuple[str, ...]]:
         numel = sum(p.numel() for p in bucket.params)
         nbytes = numel * bucket.bytes_per_element
         yield (
-            str(bucket.device), _name(bucket.dtype), path(bucket.device)[1],
+            str(bucket.device), _name(bucket.dtype), _path(bucket),
             str(packed), str(in_place), "0", f"{numel:,}", f"{nbytes:,}",
         )  # fmt: skip
 
@@ -73,6 +74,10 @@ def _notes(layout: Layout) -> Iterator[str]:
     counted = sum(len(bucket.params) for bucket in layout.buckets) + len(layout.fallback)
     if counted < len(layout.params):
         yield f"{len(layout.params) - counted} without state until their first gradient"
+
+
+def _path(bucket: Bucket) -> str:
+    return getattr(bucket.update, "path", path(bucket.device)[1])
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -16,6 +16,9 @@ hardtanh_backward = torch.ops.aten.hardtanh_backward
 threshold_backward = torch.ops.aten.threshold_backward
 
 
+VARIANTS = ("irprop-", "rprop-", "rprop+", "irprop+")
+
+
 class Scratch(NamedTuple):
     """Memory for intermediate results; None: operators allocate it, or a compiler fuses them."""
 

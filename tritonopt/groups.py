@@ -76,6 +76,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def _check(self, group: dict[str, Any]) -> None:
         """Raises ValueError where an option has a wrong value or does not go with another."""
+        for name in ("fused_amp", "max_grad_norm"):
+            if name in group:
+                raise ValueError(f"{name} concerns all param groups: give it to the constructor")
         option = self._beyond_torch(group)
         why = self._why_torch(group) if option else None
         if why:

@@ -9,6 +9,11 @@ import torch
 from torch.fx import GraphModule
 
 
+def check(mode: str | None, options: dict[str, Any] | None) -> None:
+    """Raises what `torch.compile` raises where Inductor does not know a mode or an option."""
+    torch._TorchCompileInductorWrapper(mode, options, None)
+
+
 def inductor(
     module: GraphModule,
     inputs: Sequence[Any],
@@ -17,6 +22,7 @@ def inductor(
     options: dict[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """What `torch.compile` does with a graph of dynamo if no backend is named."""
+    check(mode, options)
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 

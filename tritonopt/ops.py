@@ -9,15 +9,31 @@ does, and update parameters and state where they lie. They need none of tritonop
     >>> params
     [tensor([0.5000, 0.5000, 0.5000])]
 
-Lists of one call have equal lengths; a list that the rule does not use is empty (`grad_avgs` unless
-centered, `momentum_buffers` without momentum). 1 is added to each of `state_steps`, however many
-there are. Every list may mix devices, dtypes and memory layouts; a gradient and the state of a
-parameter have its shape and device, and are all fp64 or all of fp16, bf16 and fp32. `lr` is a float
-or a tensor with one element. Where a compiled graph changes other hyperparameters without being
-compiled again, they are tensors, too: the overload `rmsprop_.tensor_hyper`.
+Positional arguments, each a list of tensors:
+
+    rmsprop_(params, grads, square_avgs, grad_avgs, momentum_buffers, state_steps)
+    rprop_(params, grads, prevs, step_sizes, state_steps)
+
+Keyword arguments, as of :class:`tritonopt.RMSprop` and :class:`tritonopt.Rprop`, none of which is
+validated as theirs are:
+
+    rmsprop_: lr=1e-2, alpha=0.99, eps=1e-8, weight_decay=0, momentum=0, maximize=False,
+        eps_in_sqrt=False, lr_in_momentum=False, nesterov=False, decoupled_weight_decay=False,
+        bias_correction=False
+    rprop_: etaminus=0.5, etaplus=1.2, step_size_min=1e-6, step_size_max=50, maximize=False,
+        variant="irprop-", loss_rose=False (since the last step, for "irprop+")
+
+Lists of one call have equal lengths; a list that is not used is empty: `grad_avgs`, which make the
+rule the centered one, and `momentum_buffers` without momentum. 1 is added to each of `state_steps`,
+however many there are; `bias_correction` needs one for each parameter. Every list may mix devices,
+dtypes and memory layouts; a gradient and the state of a parameter have its shape and device, and
+are all fp64 or all of fp16, bf16 and fp32. `lr` is a float or a tensor with one element. Where a
+compiled graph changes other hyperparameters without being compiled again, they are tensors, too:
+the overload `rmsprop_.tensor_hyper`.
 
 Raises:
-    ValueError: lists of different lengths, or a shape that is not the parameter's.
+    ValueError: lists of different lengths, a shape that is not the parameter's, a list that an
+        option needs is empty, or there is no such variant.
     NotImplementedError: tensors that no path takes (complex, sparse, subclasses, devices without
         triton), or a first call inside a graph capture.
 """
@@ -30,6 +46,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tritonopt.eager import VARIANTS
 from tritonopt.plan import Plan
 
 _RMSPROP = (
@@ -78,6 +95,13 @@ def rmsprop_(
     bias_correction: bool = False,
     **switches: bool,
 ) -> None:
+    if params and not momentum_buffers:
+        given = {"momentum": momentum, **switches}
+        for name in ("momentum", "nesterov", "lr_in_momentum"):
+            if given.get(name):
+                raise ValueError(f"rmsprop_ needs momentum_buffers for {name}")
+    if params and bias_correction and not state_steps:
+        raise ValueError("rmsprop_ needs state_steps for bias_correction")
     columns = [square_avgs, grad_avgs, momentum_buffers]
     _update(
         "rmsprop_", params, grads, columns, state_steps,
@@ -102,6 +126,8 @@ def rprop_(
     variant: str = "irprop-",
     loss_rose: bool = False,
 ) -> None:
+    if variant not in VARIANTS:
+        raise ValueError(f"rprop_: invalid variant {variant!r}, not one of {VARIANTS}")
     _update(
         "rprop_", params, grads, [prevs, step_sizes], state_steps,
         etaminus=float(etaminus), etaplus=float(etaplus), step_size_min=float(step_size_min),

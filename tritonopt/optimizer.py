@@ -21,6 +21,8 @@ from tritonopt.layout import Layout
 from tritonopt.scaling import NONE, Scaling, scaled, scaling, total_norm
 from tritonopt.shard import is_sharded
 
+_UNTRACED = "need a step that is not traced: call optimizer.compile() and step eagerly"
+
 _HAS_ACCELERATOR = torch.accelerator.current_accelerator() is not None
 """Whether this torch is built for one, which a graph may be capturing on."""
 
@@ -253,9 +255,9 @@ class SlabOptimizer(GroupedOptimizer):
     def _check_traced(self, group: dict[str, Any]) -> None:
         """Raises where a traced graph could not do what the group asks of it."""
         if self.max_grad_norm is not None or getattr(self, "_step_supports_amp_scaling", False):
-            raise ValueError("max_grad_norm and fused_amp need a step that is not traced")
+            raise ValueError(f"max_grad_norm and fused_amp {_UNTRACED}")
         if any(map(is_sharded, group["params"])):
-            raise ValueError("sharded parameters need a step that is not traced")
+            raise ValueError(f"sharded parameters {_UNTRACED}")
 
     def _traced_update(
         self, group: dict[str, Any], native: Any, rest: Any, has_complex: bool

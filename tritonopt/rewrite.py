@@ -44,10 +44,13 @@ class Report:
     replaced: list[str] = field(default_factory=list)
     left: Counter[str] = field(default_factory=Counter)
     nodes: int = 0
+    ours: int = 0  # ops that were there before
 
     def __str__(self) -> str:
         lines = [f"replaced: {what}" for what in self.replaced]
         lines += [f"left to Inductor: {n} x {why}" for why, n in self.left.items()]
+        if self.ours:
+            lines.append(f"has {self.ours} ops of tritonopt already")
         return "\n".join(lines or ["left to Inductor: it writes no parameter"])
 
 
@@ -56,7 +59,8 @@ class Rewrite:
 
     def __init__(self, module: GraphModule) -> None:
         self.module = module
-        self.report = Report(nodes=len(module.graph.nodes))
+        ours = sum(getattr(n.target, "namespace", "") == "tritonopt" for n in module.graph.nodes)
+        self.report = Report(nodes=len(module.graph.nodes), ours=ours)
         self.trace = Trace(module)
         self.by_leaf = {segment.leaf: segment for segment in self.trace.segments}
         self.by_term: dict[int, list[Segment]] = {}

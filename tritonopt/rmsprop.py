@@ -64,8 +64,9 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
         decoupled_weight_decay: :math:`\theta` is multiplied by :math:`1 - \gamma \lambda` before
             the update, and the gradient left as it is.
 
-    The six last ones are not in torch: with them, what only torch can do raises. A checkpoint of
-    torch loads with all of them off; torch loads ours and leaves them aside.
+    From ``fused_amp`` on, options are not torch's; with one from ``eps_in_sqrt`` on, what only
+    torch can do raises. A checkpoint of torch loads with all of these off; torch loads ours and
+    leaves them aside.
 
     State of each parameter, each of its shape and dtype but ``step`` (a float32 scalar): ``step``,
     ``square_avg``, ``momentum_buffer`` if ``momentum`` is positive, ``grad_avg`` if ``centered``.
@@ -73,7 +74,9 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
     Raises:
         ValueError: a hyperparameter is negative, a tensor ``lr`` has several elements, ``nesterov``
             or ``lr_in_momentum`` has no ``momentum``, ``bias_correction`` has an ``alpha`` of 1 or
-            more, or an option that torch does not have meets ``foreach`` or ``differentiable``.
+            more, ``max_grad_norm`` is not positive, or an option that torch does not have meets
+            ``foreach`` or ``differentiable``.
+        RuntimeError: ``fused_amp`` is given with ``differentiable``.
         TypeError: ``params`` is one tensor, or holds something else than tensors.
 
     Example:
