@@ -50,7 +50,7 @@ class Report:
         lines = [f"replaced: {what}" for what in self.replaced]
         lines += [f"left to Inductor: {n} x {why}" for why, n in self.left.items()]
         if self.ours:
-            lines.append(f"has {self.ours} ops of tritonopt already")
+            lines.append(f"tritonopt's own ops, as they are: {self.ours}")
         return "\n".join(lines or ["left to Inductor: it writes no parameter"])
 
 
