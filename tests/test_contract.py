@@ -333,8 +333,10 @@ def test_foreach_is_torchs(name, options):
 def test_complex_parameters(name, dtype):
     params = parameters([(5,), (3, 3)], dtype) + parameters([(7,)])
     ours, theirs, copies = twins(name, params)
+    left = f"2 left to torch: is {str(dtype)[6:]}"
+    assert left in ours.describe()  # before their first gradient, too
     follow(ours, theirs, params, copies, 4)
-    assert f"2 left to torch: is {str(dtype)[6:]}" in ours.describe()
+    assert left in ours.describe()
 
 
 def test_complex_and_real_of_one_storage(name):

@@ -7,6 +7,7 @@ from operator import is_
 from typing import Any
 
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _get_capturable_supported_devices
 
 from tritonopt.bucket import Bucket, Rule
@@ -41,9 +42,11 @@ class Layout:
         members: dict[tuple[Any, ...], list[int]] = {}
         shared = overlapping([local(param) for param in self.params])
         for index, (param, entry) in enumerate(zip(self.params, self.states, strict=True)):
-            if lacking[index] and not why_torch and param.grad is None:
-                continue  # it may be lazy, or moved before its first gradient comes
             why = why_torch or why_not_native(param)
+            if lacking[index] and not why_torch and param.grad is None:
+                real = not is_lazy(param) and not param.is_meta and param.requires_grad
+                if why is None or not real:
+                    continue  # it may be moved before its first gradient comes
             if why is None and group["capturable"] and param.device.type not in _CAPTURABLE:
                 why = f"capturable=True is not for {param.device.type}"  # torch raises
             if why is None and index in shared:
