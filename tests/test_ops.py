@@ -181,6 +181,15 @@ def test_errors_before_anything_is_written(change, error, text):
     assert torch.equal(arg[0][0], before[0][0])
 
 
+def test_bias_correction_needs_every_count():
+    arg = arguments("rmsprop_")
+    before = copy(arg)
+    arg[5].pop()
+    with pytest.raises(ValueError, match="one for each parameter"):
+        step("rmsprop_", arg, bias_correction=True)
+    assert torch.equal(arg[0][0], before[0][0]) and torch.equal(arg[5][0], before[5][0])
+
+
 @pytest.mark.parametrize(
     ("name", "option", "text"),
     [

@@ -38,12 +38,12 @@ def tritonopt(
 
     Not called by users, but by `torch.compile(fn, backend="tritonopt", mode=..., options=...)`.
     """
+    check(mode, options)
     rewrite = Rewrite(module)
     replaced = rewrite.run()
     for reports in _listeners:
         reports.append(rewrite.report)
     if replaced and _is_update_only(module):
-        check(mode, options)
         return _Calls(module)
     return inductor(module, inputs, mode=mode, options=options)
 

@@ -22,7 +22,6 @@ def inductor(
     options: dict[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """What `torch.compile` does with a graph of dynamo if no backend is named."""
-    check(mode, options)
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 

@@ -47,7 +47,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tritonopt.eager import VARIANTS
-from tritonopt.plan import Plan
+from tritonopt.plan import Call, Plan
 
 _RMSPROP = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] grad_avgs, "
@@ -100,11 +100,11 @@ def rmsprop_(
         for name in ("momentum", "nesterov", "lr_in_momentum"):
             if given.get(name):
                 raise ValueError(f"rmsprop_ needs momentum_buffers for {name}")
-    if params and bias_correction and not state_steps:
-        raise ValueError("rmsprop_ needs state_steps for bias_correction")
+    if bias_correction and len(state_steps) != len(params):
+        raise ValueError("rmsprop_ needs state_steps for bias_correction, one for each parameter")
     columns = [square_avgs, grad_avgs, momentum_buffers]
     _update(
-        "rmsprop_", params, grads, columns, state_steps,
+        Call("rmsprop_", params, grads, columns, state_steps),
         lr=lr if isinstance(lr, Tensor) and not lr.is_cpu else float(lr),
         alpha=float(alpha), eps=float(eps), weight_decay=float(weight_decay),
         momentum=float(momentum), maximize=maximize, counts=bias_correction, **switches,
@@ -129,34 +129,26 @@ def rprop_(
     if variant not in VARIANTS:
         raise ValueError(f"rprop_: invalid variant {variant!r}, not one of {VARIANTS}")
     _update(
-        "rprop_", params, grads, [prevs, step_sizes], state_steps,
+        Call("rprop_", params, grads, [prevs, step_sizes], state_steps),
         etaminus=float(etaminus), etaplus=float(etaplus), step_size_min=float(step_size_min),
         step_size_max=float(step_size_max), maximize=maximize, variant=variant,
         loss_rose=loss_rose,
     )  # fmt: skip
 
 
-def _update(
-    name: str,
-    params: list[Tensor],
-    grads: list[Tensor],
-    columns: list[list[Tensor]],
-    steps: list[Tensor],
-    counts: bool = False,
-    **hyper: Any,
-) -> None:
-    if not params:
+def _update(call: Call, counts: bool = False, **hyper: Any) -> None:
+    if not call.params:
         return
-    first = columns[0][0] if columns[0] else params[0]  # gone with the optimizer, or a new state
-    recent = _plans.setdefault(first, [])
-    plan = next((p for p in recent if p.fits(name, params, grads, columns, steps)), None)
+    states = call.columns[0] or call.params
+    recent = _plans.setdefault(states[0], [])  # gone with the optimizer, or a new state
+    plan = next((p for p in recent if p.fits(call)), None)
     if plan is None:
         recent[:] = [p for p in recent if p.is_current()]
-        plan = Plan(name, params, grads, columns, steps)
+        plan = Plan(call)
         recent.insert(0, plan)
         del recent[RECENT_PLANS:]
-    plan(grads, hyper, counts)
-    torch.autograd.graph.increment_version(params)  # a later backward must notice
+    plan(call.grads, hyper, counts)
+    torch.autograd.graph.increment_version(call.params)  # a later backward must notice
 
 
 def _fake(*args: Any, **kwargs: Any) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,30 +22,40 @@ from tritonopt.eligible import (
 )
 from tritonopt.gather import Counter, Gather, small
 from tritonopt.sweep import Sweep
-from tritonopt.verify import Guards
+from tritonopt.verify import Guards, addresses, geometry
+
+
+class Call(NamedTuple):
+    """Of an operator."""
+
+    name: str
+    params: list[Tensor]
+    grads: list[Tensor]
+    columns: list[list[Tensor]]
+    steps: list[Tensor]
+
+    def lengths(self) -> list[int]:
+        return [len(column) for column in (self.params, self.grads, *self.columns, self.steps)]
+
+    def written(self) -> list[Tensor]:
+        return [*self.params, *self.steps, *chain(*self.columns)]
 
 
 class Plan:
     """Which launches and sweeps update the tensors of one call, for as long as they do not move."""
 
-    def __init__(
-        self,
-        name: str,
-        params: list[Tensor],
-        grads: list[Tensor],
-        columns: list[list[Tensor]],
-        steps: list[Tensor],
-    ) -> None:
-        _check(name, params, grads, columns, steps)
+    def __init__(self, call: Call) -> None:
+        _check(call)
+        name, params, grads, columns, steps = call
         if is_capturing(params[0].device):
             raise NotImplementedError(f"{name} must have run once before a graph captures it")
         self.name = name
-        self.lengths = [len(column) for column in (params, grads, *columns, steps)]
-        tensors = [*params, *steps, *(t for column in columns for t in column)]
-        self.addresses = list(map(Tensor.data_ptr, tensors))
+        self.lengths = call.lengths()
+        tensors = call.written()
+        self.addresses = addresses(tensors)
         self._owners = list(map(weakref.ref, tensors))
         self.guards = Guards([*tensors, *grads])
-        self.looks = list(map(_look, [*tensors, *grads]))
+        self.geometry = geometry([*tensors, *grads])
 
         # Other tensors of the same memory: the cache would keep its own keys alive.
         self.params = [p.detach() for p in params]
@@ -98,21 +109,14 @@ class Plan:
         apart = (gathered, Gather(getattr(eager, self.name), *of(gathered)))
         return [apart, *([(others, _native(self.name, *of(others)))] if others else [])]
 
-    def fits(
-        self,
-        name: str,
-        params: list[Tensor],
-        grads: list[Tensor],
-        columns: list[list[Tensor]],
-        steps: list[Tensor],
-    ) -> bool:
-        if self.name != name or self.lengths != [len(c) for c in (params, grads, *columns, steps)]:
+    def fits(self, call: Call) -> bool:
+        if self.name != call.name or self.lengths != call.lengths():
             return False
-        tensors = [*params, *steps, *(t for column in columns for t in column)]
-        if list(map(Tensor.data_ptr, tensors)) != self.addresses:
+        tensors = call.written()
+        if addresses(tensors) != self.addresses:
             return False
-        tensors += grads
-        return self.guards.fit(tensors) or list(map(_look, tensors)) == self.looks
+        tensors += call.grads
+        return self.guards.fit(tensors) or geometry(tensors) == self.geometry
 
     def is_current(self) -> bool:
         """Whether its tensors are alive and have not moved: else it only keeps memory."""
@@ -159,11 +163,8 @@ def _native(name: str, params: list[Tensor], columns: list[Any]) -> Callable[...
     return launch.Launch(getattr(launch, name), params, columns)
 
 
-def _look(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.dtype, tensor.device, tensor.size(), tensor.stride(), tensor.is_neg()
-
-
-def _check(name: str, params: Any, grads: Any, columns: Any, steps: Any) -> None:
+def _check(call: Call) -> None:
+    name, params, grads, columns, _ = call
     used = [column for column in columns if column]
     if {len(params)} != {len(column) for column in (params, grads, *used)}:
         raise ValueError(f"{name} needs lists of equal lengths; lists it does not use are empty")

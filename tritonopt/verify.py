@@ -50,16 +50,16 @@ class Place:
         for first in range(0, len(tensors), self.CHUNK):
             where = slice(first, first + self.CHUNK)
             chunk = tensors[where]
-            self._chunks.append((where, addresses(chunk), Guards(chunk), _geometry(chunk)))
+            self._chunks.append((where, addresses(chunk), Guards(chunk), geometry(chunk)))
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the tensors, which may be others, lie there in the same way."""
         try:
-            for where, known, guards, geometry in self._chunks:
+            for where, known, guards, look in self._chunks:
                 chunk = tensors[where]
                 if addresses(chunk) != known:
                     return False
-                if not guards.fit(chunk) and _geometry(chunk) != geometry:
+                if not guards.fit(chunk) and geometry(chunk) != look:
                     return False
         except (TypeError, RuntimeError):  # of what is no tensor, or has no memory
             return False
@@ -74,5 +74,5 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
-def _geometry(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+def geometry(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
     return [(type(t), t.dtype, t.device, t.size(), t.stride(), t.is_neg()) for t in tensors]
