@@ -21,7 +21,6 @@ from tritonopt.kernels.norm import square_sum_kernel
 from tritonopt.kernels.rmsprop import rmsprop_kernel
 from tritonopt.kernels.rprop import rprop_kernel
 from tritonopt.kernels.tables import Tables
-from tritonopt.slab import all_given
 
 BLOCK, THREADS = 1024, 128
 """8 elements a thread: one 128-bit access per tensor in half precision, two in fp32. 48 to 88
@@ -221,9 +220,10 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _pointers(grads: Sequence[Tensor | None]) -> tuple[int, ...]:
-    if all_given(grads):
+    try:
         return tuple(map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
-    return tuple([0 if g is None else g.data_ptr() for g in grads])
+    except TypeError:  # of one that is missing
+        return tuple([0 if g is None else g.data_ptr() for g in grads])
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -1,15 +1,17 @@
-"""The tables that the tests run over."""
+"""The tables that the tests run over, and what they compare."""
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing._internal.common_optimizers import optim_db
 
 import tritonopt
+from tritonopt import slab
 from tritonopt.device import path
 
 OURS = {"RMSprop": tritonopt.RMSprop, "Rprop": tritonopt.Rprop}
@@ -53,6 +55,9 @@ CONFIGURATIONS = configurations("RMSprop") + configurations("Rprop")
 SHAPES = [(), (0,), (1,), (3, 5), (1023,), (1024,), (0, 4), (1025,), (2, 3, 4, 5), (7, 300)]
 """Scalar, empty (first, in the middle), one less and more than a block, odd, several blocks."""
 
+FEW_SHAPES = [(3, 5), (40,), (), (64,), (7,)]
+"""None larger than a piece, with padding after each."""
+
 TOLERANCE = {
     torch.float32: 2.0,  # torch's own kernels on a GPU may contract other products and sums
     torch.float64: 2.0,  # likewise; the interpreter emulates a fused multiply-add
@@ -71,15 +76,15 @@ def is_exact(name: str, device: torch.device, dtype: torch.dtype) -> bool:
 
 def parameters(
     shapes: Any = SHAPES, dtype: torch.dtype = torch.float32, device: Any = "cpu"
-) -> list[torch.nn.Parameter]:
-    return [torch.nn.Parameter(torch.randn(shape, device=device, dtype=dtype)) for shape in shapes]
+) -> list[nn.Parameter]:
+    return [nn.Parameter(torch.randn(shape, device=device, dtype=dtype)) for shape in shapes]
 
 
 def twins(
     name: str, params: list[Any], **kwargs: Any
-) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer, list[torch.nn.Parameter]]:
+) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer, list[nn.Parameter]]:
     """Our optimizer on `params`, torch's for-loop on copies of them, and the copies."""
-    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    copies = [nn.Parameter(p.detach().clone()) for p in params]
     for param, copy in zip(params, copies, strict=True):
         copy.requires_grad_(param.requires_grad)
     return OURS[name](params, **kwargs), TORCH[name](copies, foreach=False, **kwargs), copies
@@ -136,3 +141,31 @@ def follow(ours: Any, theirs: Any, params: list[Any], copies: list[Any], steps: 
         ours.step()
         theirs.step()
         assert_follows(ours, theirs, params, copies)
+
+
+def network(device: Any = "cpu") -> nn.Module:
+    torch.manual_seed(1)
+    layers = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Linear(6, 5), nn.BatchNorm1d(5)
+    model = nn.Sequential(*layers)
+    model.register_parameter("empty", nn.Parameter(torch.zeros(0, 3)))
+    return model.to(device)
+
+
+def pair(name: str, model: nn.Module, **kwargs: Any) -> tuple[Any, Any, nn.Module]:
+    """Our optimizer on the model, torch's for-loop on a copy of it, and the copy."""
+    twin = deepcopy(model)
+    ours = OURS[name](model.parameters(), **kwargs)
+    return ours, TORCH[name](twin.parameters(), foreach=False, **kwargs), twin
+
+
+def lists(*models: nn.Module) -> list[list[Any]]:
+    return [list(model.parameters()) for model in models]
+
+
+def is_packed(optimizer: Any, params: Any) -> bool:
+    return all(
+        slab.find(tensor) is not None
+        for param in params
+        for tensor in (param, *optimizer.state[param].values())
+        if tensor.numel()
+    )

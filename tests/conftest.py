@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import OURS
 
 from tritonopt.device import path
 
@@ -15,6 +16,11 @@ def device(request) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture(params=OURS)
+def name(request) -> str:
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -23,4 +29,3 @@ def seed():
 def pytest_report_header() -> str:
     paths = ", ".join(f"{d}: {path(torch.device(d))[1]}" for d in DEVICES)
     return f"torch {torch.__version__}; paths: {paths}"
-

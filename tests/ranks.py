@@ -264,7 +264,10 @@ ENGINES = {
     "zero, bucket views": functools.partial(zero, bucket_view=True),
 }  # fmt: skip
 WAYS = [  # who writes, who reads, after how many steps
-    ("ours", "ours", 0), ("ours", "ours", 3), ("ours", "torch", 3), ("torch", "ours", 3)
+    ("ours", "ours", 0),
+    ("ours", "ours", 3),
+    ("ours", "torch", 3),
+    ("torch", "ours", 3),
 ]  # torch's own dummy step before the first one changes its state: nothing to compare with
 
 

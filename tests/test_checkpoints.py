@@ -20,11 +20,6 @@ ROWS = [pytest.param(n, o, id=f"{n}-{o}") for n, rows in OPTIONS.items() for o i
 EAGER = path(torch.device("cpu"))[0] == "eager"
 
 
-@pytest.fixture(params=OURS)
-def name(request):
-    return request.param
-
-
 def through_a_file(state, **kwargs):
     file = io.BytesIO()
     torch.save(state, file)

@@ -26,6 +26,7 @@ pytestmark = skip_interpreted
 
 # Entrance 1: the traced step. It runs the very code that eager runs: equal to the last bit.
 
+
 @pytest.mark.parametrize("fullgraph", [False, True], ids=["breaks", "fullgraph"])
 @pytest.mark.parametrize("backend", ["eager", *BACKENDS])
 @pytest.mark.parametrize(("name", "kwargs"), [(n, k) for n in NAMES for k in KWARGS[n]], ids=str)
@@ -225,6 +226,7 @@ def test_torch_on_request(kwargs):
 
 
 # Between two steps, for both entrances.
+
 
 def move(ours, theirs):
     for p, _ in pairs(ours, theirs):

@@ -23,11 +23,6 @@ from tritonopt.device import path
 SHAPES = [(3, 5), (40,), (), (64,)]
 
 
-@pytest.fixture(params=OURS)
-def name(request):
-    return request.param
-
-
 def one_step(optimizer, params):
     give_gradients(params, params)
     optimizer.step()

@@ -14,11 +14,6 @@ from tritonopt.device import INTERPRET
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter rounds square roots otherwise")
 
 
-@pytest.fixture(params=OURS)
-def name(request):
-    return request.param
-
-
 @pytest.fixture(autouse=True)
 def in_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -178,9 +173,7 @@ def test_accelerate_across(name, writer, reader):
     def train(classes):
         accelerator = accelerate.Accelerator(cpu=True)
         model = network()
-        model, optimizer = accelerator.prepare(
-            model, classes[0][name](model.parameters(), lr=0.01)
-        )
+        model, optimizer = accelerator.prepare(model, classes[0][name](model.parameters(), lr=0.01))
         for x, y in batches():
             accelerator.backward((model(x) - y).square().mean())
             optimizer.step()
@@ -188,9 +181,7 @@ def test_accelerate_across(name, writer, reader):
         accelerator.save_state("state")
         accelerator.free_memory()
         fresh = network()
-        fresh, optimizer = accelerator.prepare(
-            fresh, classes[1][name](fresh.parameters(), lr=0.02)
-        )
+        fresh, optimizer = accelerator.prepare(fresh, classes[1][name](fresh.parameters(), lr=0.02))
         accelerator.load_state("state")
         for x, y in batches():
             accelerator.backward((fresh(x) - y).square().mean())

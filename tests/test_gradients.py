@@ -13,11 +13,6 @@ SHAPES = [(3, 5), (40,), (), (64,), (7,)]
 OPTIONS = {"RMSprop": {"weight_decay": 0.1, "momentum": 0.9, "centered": True}, "Rprop": {}}
 
 
-@pytest.fixture(params=OURS)
-def name(request):
-    return request.param
-
-
 def both(name, device="cpu", shapes=SHAPES, **kwargs):
     params = parameters(shapes, device=device)
     return params, *twins(name, params, lr=0.05, **OPTIONS[name], **kwargs)

@@ -15,11 +15,6 @@ SPECIAL = [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1.0, -1.0, 1e-3
 SEQUENCES = torch.tensor(list(itertools.product(SPECIAL, repeat=3)), dtype=torch.float64).t()
 
 
-@pytest.fixture(params=OURS)
-def name(request):
-    return request.param
-
-
 def bits(tensor):
     """Such that NaN equals NaN, and 0.0 does not equal -0.0."""
     tensor = torch.where(tensor.isnan(), torch.full_like(tensor, float("nan")), tensor.detach())

@@ -13,11 +13,6 @@ LIMIT = {torch.float32: 1e-6, torch.float64: 1e-14}
 """Relative: the factor of a clipped gradient is rounded once less than in two passes."""
 
 
-@pytest.fixture(params=OURS)
-def name(request):
-    return request.param
-
-
 def pair(name, device="cpu", dtype=torch.float32, **options):
     """One optimizer with the options and one without, two groups each."""
     params = parameters(dtype=dtype, device=device)

@@ -488,8 +488,9 @@ def test_refused_for_what_only_torch_takes(name, options, strange, why):
 LOSSES = {"None": None, "a dict": {"loss": 1.0}, "two": torch.ones(2)}
 
 
-@pytest.mark.parametrize("closure", [None, *[lambda loss=x: loss for x in LOSSES.values()]],
-                         ids=["no closure", *LOSSES])
+@pytest.mark.parametrize(
+    "closure", [None, *[lambda loss=x: loss for x in LOSSES.values()]], ids=["no closure", *LOSSES]
+)
 def test_irprop_plus_needs_the_loss(closure):
     param = torch.nn.Parameter(torch.ones(3))
     optimizer = tritonopt.Rprop([param], variant="irprop+")

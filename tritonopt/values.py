@@ -106,6 +106,7 @@ KINDS = {
 
 DROPPED = {"memory_format"}
 
+
 class Segment(NamedTuple):
     """The value of one memory from one unknown access of it to the next."""
 

@@ -1,0 +1,163 @@
+"""Groups and state that change between steps."""
+
+import copy
+
+import pytest
+import torch
+from cases import FEW_SHAPES, OURS, TORCH, follow, give_gradients, is_packed, parameters, twins
+from torch import nn
+
+
+def test_add_param_group(name, device):
+    params = parameters(FEW_SHAPES, device=device)
+    ours, theirs, copies = twins(name, params[:2])
+    follow(ours, theirs, params[:2], copies, 2)
+    more = [nn.Parameter(p.detach().clone()) for p in params[2:]]
+    ours.add_param_group({"params": params[2:], "lr": 0.5})
+    theirs.add_param_group({"params": more, "lr": 0.5})
+    assert is_packed(ours, params)
+    follow(ours, theirs, params, copies + more, 4)
+
+
+def remove_first(group):
+    del group["params"][0]
+
+
+def remove_middle(group):
+    del group["params"][2]
+
+
+def replace_list(group):
+    group["params"] = group["params"][::-1]
+
+
+def replace_some(group):
+    group["params"] = [
+        p if index % 2 else nn.Parameter(p.detach().clone())
+        for index, p in enumerate(group["params"])
+    ]
+
+
+def raise_lr(group):
+    group["lr"] = 0.5
+
+
+def ascend(group):
+    group["maximize"] = True
+
+
+def use_foreach(group):
+    group["foreach"] = True
+
+
+CHANGES = [
+    remove_first, remove_middle, replace_list, replace_some, raise_lr, ascend, use_foreach
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_changed_groups(name, change, before):
+    params = parameters(FEW_SHAPES)
+    ours, theirs, copies = twins(name, params)
+    follow(ours, theirs, params, copies, before)
+    for optimizer in (ours, theirs):
+        change(optimizer.param_groups[0])
+    params, copies = (o.param_groups[0]["params"] for o in (ours, theirs))
+    follow(ours, theirs, params, copies, 4)
+
+
+def test_removed_and_appended_groups(name):
+    params = parameters(FEW_SHAPES)
+    ours = OURS[name]([{"params": [p]} for p in params])
+    copies = [nn.Parameter(p.detach().clone()) for p in params]
+    theirs = TORCH[name]([{"params": [p]} for p in copies], foreach=False)
+    follow(ours, theirs, params, copies, 2)
+    for optimizer in (ours, theirs):
+        group = optimizer.param_groups.pop(0)
+        del optimizer.param_groups[1]
+        optimizer.param_groups.append({**group, "lr": 0.3})
+    follow(ours, theirs, params, copies, 4)
+    assert ours.state[params[2]]["step"] == 2
+
+
+STATE = {
+    "cleared": lambda optimizer: optimizer.state.clear(),
+    "one deleted": lambda optimizer: optimizer.state.pop(optimizer.param_groups[0]["params"][1]),
+    "one emptied": lambda optimizer: optimizer.state[
+        optimizer.param_groups[0]["params"][2]
+    ].clear(),
+    "tensors replaced": lambda optimizer: optimizer.state.update(copied(optimizer.state)),
+    "replaced but step": lambda optimizer: optimizer.state.update(
+        {p: {**new, "step": optimizer.state[p]["step"]} for p, new in copied(optimizer.state)}
+    ),
+    "replaced in its dict": lambda optimizer: [
+        optimizer.state[p].update(new) for p, new in copied(optimizer.state)
+    ],
+    "filled": lambda optimizer: [
+        t.fill_(0.25) for _, s in list(optimizer.state.items()) for t in s.values() if t.dim()
+    ],
+    "data replaced": lambda optimizer: [
+        setattr(t, "data", t.clone()) for s in optimizer.state.values() for t in s.values()
+    ],
+    "new dict": lambda optimizer: setattr(optimizer, "state", copy.copy(optimizer.state)),
+}
+
+
+def copied(state):
+    return [(p, {k: t.clone() for k, t in entry.items()}) for p, entry in state.items()]
+
+
+@pytest.mark.parametrize("change", STATE.values(), ids=STATE)
+def test_changed_state(name, change):
+    params = parameters(FEW_SHAPES)
+    ours, theirs, copies = twins(name, params, lr=0.1)
+    follow(ours, theirs, params, copies, 3)
+    for optimizer in (ours, theirs):
+        change(optimizer)
+    follow(ours, theirs, params, copies, 4)
+
+
+def test_other_entries_of_state_survive(name):
+    params = parameters(FEW_SHAPES)
+    ours, theirs, copies = twins(name, params)
+    for optimizer in (ours, theirs):
+        optimizer.state["rounds"] = 3
+        optimizer.state["warm"] = True
+    follow(ours, theirs, params, copies, 2)
+    for optimizer, some in ((ours, params), (theirs, copies)):
+        optimizer.state[some[0]]["note"] = 7
+        optimizer.state[some[0]]["ema"] = torch.ones(2)
+    state = copy.deepcopy(ours.state_dict())
+    assert state["state"]["rounds"] == 3 and state["state"][0]["note"] == 7
+    ours.load_state_dict(state)
+    give_gradients(params, copies)
+    ours.step()
+    assert ours.state["rounds"] == 3 and ours.state["warm"] is True
+    assert ours.state[params[0]]["note"] == 7
+    assert torch.equal(ours.state[params[0]]["ema"], torch.ones(2))
+
+
+OPTIONS = [{"momentum": 0.9}, {"centered": True}, {"momentum": 0.9, "centered": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_turned_on_before_the_first_step(options):
+    params = parameters(FEW_SHAPES)
+    ours, theirs, copies = twins("RMSprop", params)
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[0].update(options)
+    assert "5 without state" in ours.describe()
+    follow(ours, theirs, params, copies, 4)
+    assert list(ours.state[params[0]]) == list(theirs.state[copies[0]])
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options_turned_on_after_a_step_raise_as_in_torch(options):
+    params = parameters(FEW_SHAPES)
+    ours, theirs, copies = twins("RMSprop", params)
+    follow(ours, theirs, params, copies, 1)
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[0].update(options)
+        with pytest.raises(KeyError):
+            optimizer.step()
