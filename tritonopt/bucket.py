@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tritonopt import slab
 from tritonopt.device import is_capturing, path
 from tritonopt.eligible import belongs, same_layout
 from tritonopt.scaling import NONE, Scaling
 from tritonopt.shard import is_sharded, local, same_shards
+from tritonopt.span import all_given, present, spans
 from tritonopt.sweep import Sweep
 from tritonopt.verify import Guards, Place, addresses
 
@@ -55,7 +55,7 @@ class Bucket:
         self.grad_dtype = next((g.dtype for g in grads if g is not None), self.dtype)
         self._expected: Guards | None = None  # of gradients that need no look, one by one
         self._all_given = False  # whether the gradients last asked for are
-        self._steps, self._lone_steps = slab.spans([self.columns["step"]], len(params), 1, 1)
+        self._steps, self._lone_steps = spans([self.columns["step"]], len(params), 1, 1)
 
         # Other tensors of the same memory: these may leave the state, and be moved.
         memory = {key: [t.detach() for t in self.columns[key]] for key in rule.keys}
@@ -95,7 +95,7 @@ class Bucket:
         if self._expected is not None and self._expected.fit(grads):
             self._all_given = self._expected.of_all
             return grads
-        self._all_given = slab.all_given(grads)
+        self._all_given = all_given(grads)
         if not any(map(is_not, grads, repeat(None))):
             return None
         return self._fitted(grads)
@@ -125,7 +125,7 @@ class Bucket:
             if self._all_given:
                 flat.add_(one)
             else:
-                for part in slab.present(span, grads):
+                for part in present(span, grads):
                     flat[part].add_(one)
         for index in self._lone_steps:
             if grads[index] is not None:

@@ -21,6 +21,7 @@ from tritonopt.eligible import (
     why_not_together,
 )
 from tritonopt.gather import Counter, Gather, small
+from tritonopt.span import spans
 from tritonopt.sweep import Sweep
 from tritonopt.verify import Guards, addresses, geometry
 
@@ -69,8 +70,8 @@ class Plan:
         self.updates: list[tuple[list[int], Callable[..., None]]] = []
         for some in self._kinds(grads):
             self.updates += self._native(some)
-        spans, alone = slab.spans([steps], len(steps), 1, 1) if steps else ([], [])
-        self.steps = [flat for span in spans for flat in span.flats if flat is not None]
+        joined, alone = spans([steps], len(steps), 1, 1) if steps else ([], [])
+        self.steps = [flat for span in joined for flat in span.flats if flat is not None]
         self.counts = [t.detach() for t in steps]
         lone = [self.counts[index] for index in alone]
         homes = {(t.device, t.dtype) for t in lone}

@@ -11,9 +11,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import accumulate, groupby, repeat
-from operator import is_not
-from typing import NamedTuple
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -109,92 +107,6 @@ def allocate(
         piece.slab = slab  # type: ignore[attr-defined]  # the capsule holds the tensor and this
         pieces.append(torch.from_dlpack(torch.utils.dlpack.to_dlpack(piece)))
     return pieces, slab
-
-
-class Span(NamedTuple):
-    """Tensors from `first` on that are neighbours in a slab, in each of some lists."""
-
-    first: int
-    offsets: list[int]  # in elements, of each tensor and of the end
-    flats: list[Tensor | None]  # one-dimensional, over all of them; None for an unused list
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-
-def spans(
-    columns: Sequence[Sequence[Tensor] | None],
-    limit: int,
-    longest: int,
-    alignment: int = ALIGNMENT,
-) -> tuple[list[Span], list[int]]:
-    """Where tensors of the same index are neighbours in every column, and which have none.
-
-    A span has `limit` elements at the most, a tensor in it `longest`. Empty ones are in neither.
-    """
-    used = [column for column in columns if column is not None]
-    homes = [[find(tensor) for tensor in column] for column in used]
-    ends = [
-        [t.data_ptr() + pitch(t.numel(), t.dtype, alignment) * t.itemsize for t in column]
-        for column in used
-    ]
-    pitches = [pitch(t.numel(), t.dtype, alignment) for t in used[0]]
-    one_dtype = len({column[0].dtype for column in used}) == 1
-
-    def adjacent(left: int, right: int) -> bool:
-        if not one_dtype or max(pitches[left], pitches[right]) > longest:
-            return False
-        return all(
-            home[left] is not None
-            and home[left] is home[right]
-            and end[left] == column[right].data_ptr()
-            for home, end, column in zip(homes, ends, used, strict=True)
-        )
-
-    runs: list[list[int]] = []
-    length = 0
-    for index, tensor in enumerate(used[0]):
-        if tensor.numel() == 0:
-            continue
-        length += pitches[index]
-        if runs and length <= limit and runs[-1][-1] == index - 1 and adjacent(index - 1, index):
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-            length = pitches[index]
-
-    joined, alone = [], []
-    for run in runs:
-        if len(run) == 1:
-            alone.append(run[0])
-            continue
-        offsets = list(accumulate((pitches[i] for i in run), initial=0))
-        flats: list[Tensor | None] = []
-        for column in columns:
-            home = None if column is None else find(column[run[0]])
-            if column is None or home is None:
-                flats.append(None)
-            else:
-                flats.append(home.flat(column[run[0]].data_ptr(), offsets[-1]))
-        joined.append(Span(run[0], offsets, flats))
-    return joined, alone
-
-
-def all_given(grads: Sequence[Tensor | None]) -> bool:
-    return all(map(is_not, grads, repeat(None)))
-
-
-def present(span: Span, grads: Sequence[Tensor | None]) -> Iterator[slice]:
-    """The stretches of a span, counted from its start, in which every tensor has a gradient."""
-    own = grads[span.first : span.first + len(span)]
-    if all_given(own):
-        yield slice(0, len(span))
-        return
-    given = list(map(is_not, own, repeat(None)))
-    for has_grad, stretch in groupby(range(len(span)), given.__getitem__):
-        if has_grad:
-            members = list(stretch)
-            yield slice(members[0], members[-1] + 1)
 
 
 def is_dense(tensor: Tensor) -> bool:

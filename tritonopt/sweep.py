@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tritonopt import eager, slab
+from tritonopt.span import Span, present, spans
 
 PIECE = 2**19
 """Elements. 2^19 and 2^20 measured alike (2 cores, 32 MiB of L3), 2^17 a third slower."""
@@ -50,7 +51,7 @@ class Sweep:
         self.columns = [params, *columns]
         self.dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
         limit = min(self.piece, PIECE)
-        self.spans, self.alone = slab.spans(self.columns, limit, GATHERED)
+        self.spans, self.alone = spans(self.columns, limit, GATHERED)
         # Of what lies in a slab: views would keep anything else from being packed.
         self._pieces = {i: self._cut(i) for i in self.alone if slab.find(params[i]) is not None}
         longest = max(
@@ -153,13 +154,13 @@ class Sweep:
 
 
 def _stretches(
-    span: slab.Span, grads: Sequence[Tensor | None], steps: list[float] | None
+    span: Span, grads: Sequence[Tensor | None], steps: list[float] | None
 ) -> Iterator[slice]:
     """The stretches of a span in which every tensor has a gradient and the same number of steps."""
     if steps is None:
-        yield from slab.present(span, grads)
+        yield from present(span, grads)
         return
-    for part in slab.present(span, grads):
+    for part in present(span, grads):
         indices = range(part.start, part.stop)
         for _, same in groupby(indices, lambda index: steps[span.first + index]):
             members = list(same)

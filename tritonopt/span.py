@@ -1,0 +1,102 @@
+"""Spans: tensors that are neighbours in a slab, so that one operator can update all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, groupby, repeat
+from operator import is_not
+from typing import NamedTuple
+
+from torch import Tensor
+
+from tritonopt.slab import ALIGNMENT, find, pitch
+
+
+class Span(NamedTuple):
+    """Tensors from `first` on that are neighbours in a slab, in each of some lists."""
+
+    first: int
+    offsets: list[int]  # in elements, of each tensor and of the end
+    flats: list[Tensor | None]  # one-dimensional, over all of them; None for an unused list
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+
+def spans(
+    columns: Sequence[Sequence[Tensor] | None],
+    limit: int,
+    longest: int,
+    alignment: int = ALIGNMENT,
+) -> tuple[list[Span], list[int]]:
+    """Where tensors of the same index are neighbours in every column, and which have none.
+
+    A span has `limit` elements at the most, a tensor in it `longest`. Empty ones are in neither.
+    """
+    used = [column for column in columns if column is not None]
+    pitches = [pitch(t.numel(), t.dtype, alignment) for t in used[0]]
+    joined, alone = [], []
+    for run in _runs(used, pitches, limit, longest):
+        if len(run) == 1:
+            alone += run
+            continue
+        offsets = list(accumulate((pitches[index] for index in run), initial=0))
+        flats = [None if c is None else _flat(c[run[0]], offsets[-1]) for c in columns]
+        joined.append(Span(run[0], offsets, flats))
+    return joined, alone
+
+
+def _runs(
+    columns: Sequence[Sequence[Tensor]], pitches: list[int], limit: int, longest: int
+) -> list[list[int]]:
+    """The indices in order, without those of empty tensors, in runs of neighbours."""
+    homes = [[find(tensor) for tensor in column] for column in columns]
+    one_dtype = len({column[0].dtype for column in columns}) == 1
+
+    def adjacent(left: int, right: int) -> bool:
+        if not one_dtype or max(pitches[left], pitches[right]) > longest:
+            return False
+        distance = pitches[left] * columns[0][left].itemsize
+        return all(
+            home[left] is not None
+            and home[left] is home[right]
+            and column[right].data_ptr() - column[left].data_ptr() == distance
+            for home, column in zip(homes, columns, strict=True)
+        )
+
+    runs: list[list[int]] = []
+    length = 0
+    for index, tensor in enumerate(columns[0]):
+        if tensor.numel() == 0:
+            continue
+        length += pitches[index]
+        if runs and length <= limit and runs[-1][-1] == index - 1 and adjacent(index - 1, index):
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+            length = pitches[index]
+    return runs
+
+
+def _flat(first: Tensor, numel: int) -> Tensor:
+    """The elements of a slab from a piece of it on."""
+    home = find(first)
+    assert home is not None
+    return home.flat(first.data_ptr(), numel)
+
+
+def all_given(grads: Sequence[Tensor | None]) -> bool:
+    return all(map(is_not, grads, repeat(None)))
+
+
+def present(span: Span, grads: Sequence[Tensor | None]) -> Iterator[slice]:
+    """The stretches of a span, counted from its start, in which every tensor has a gradient."""
+    own = grads[span.first : span.first + len(span)]
+    if all_given(own):
+        yield slice(0, len(span))
+        return
+    given = list(map(is_not, own, repeat(None)))
+    for has_grad, stretch in groupby(range(len(span)), given.__getitem__):
+        if has_grad:
+            members = list(stretch)
+            yield slice(members[0], members[-1] + 1)
