@@ -1,9 +1,12 @@
-"""Arithmetic with the rounding of torch's eager operators."""
+"""Arithmetic with the rounding of torch's eager operators on the same device."""
 
 import triton
 import triton.language as tl
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
+AS_ON_CPU: tl.constexpr = INTERPRETED
+"""Torch's CPU operators multiply by `value` first. Its GPU operators multiply or divide first and
+fuse the product with `value` into the sum: so says torch 2.11's machine code for sm_90."""
 
 
 @triton.jit
@@ -45,3 +48,21 @@ def fma(x, y, z):
 def lerp(start, end, weight):
     near_start = fma(weight, end - start, start)
     return tl.where(tl.abs(weight) < 0.5, near_start, fma(weight - 1, end - start, end))
+
+
+@triton.jit
+def addcmul(x, y, z, value):
+    """x + value * y * z"""
+    if AS_ON_CPU:
+        return fma(value * y, z, x)
+    else:
+        return fma(value, y * z, x)
+
+
+@triton.jit
+def addcdiv(x, y, z, value):
+    """x + value * y / z"""
+    if AS_ON_CPU:
+        return x + div_rn(value * y, z)
+    else:
+        return fma(value, div_rn(y, z), x)

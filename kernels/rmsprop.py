@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from tritonopt.kernels.arithmetic import div_rn, fma, lerp, sqrt_rn
+from tritonopt.kernels.arithmetic import addcdiv, addcmul, div_rn, fma, lerp, sqrt_rn
 
 
 @triton.jit
@@ -14,7 +14,7 @@ def rmsprop_rule(
     EPS_IN_SQRT: tl.constexpr, LR_IN_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
     DECOUPLED: tl.constexpr, BIAS_CORRECTION: tl.constexpr,
 ):  # fmt: skip
-    # Fused multiply-adds stand where torch's eager operators have them: the same bits follow.
+    # Products are fused where torch's eager operators fuse them: the same bits follow.
     dtype: tl.constexpr = param.dtype
     weight = tl.cast(1 - alpha, dtype)
     if MAXIMIZE:
@@ -25,17 +25,16 @@ def rmsprop_rule(
     if BIAS_CORRECTION:  # gain is sqrt(1 - alpha**step); the eager rule says where it went
         rate = tl.cast(lr * gain, dtype)
         eps = eps * (gain * gain) if EPS_IN_SQRT else eps * gain
-    square_avg = fma(weight * grad, grad, square_avg * tl.cast(alpha, dtype))
+    square_avg = addcmul(square_avg * tl.cast(alpha, dtype), grad, grad, weight)
     avg = square_avg
     if CENTERED:
         grad_avg = lerp(grad_avg, grad, weight)
+        inverse = tl.cast(-1.0, dtype)
+        if BIAS_CORRECTION:  # not divided as fp64, which takes a call and its stack
+            inverse = div_rn(inverse, tl.cast(gain * gain, dtype))
+        avg = addcmul(avg, grad_avg, grad_avg, inverse)
         if BIAS_CORRECTION:
-            # Not divided as fp64, which takes a call and its stack.
-            inverse = div_rn(tl.cast(-1.0, dtype), tl.cast(gain * gain, dtype))
-            avg = fma(inverse * grad_avg, grad_avg, avg)
             avg = tl.maximum(avg, 0.0, tl.PropagateNan.ALL)
-        else:
-            avg = fma(-grad_avg, grad_avg, avg)
     if EPS_IN_SQRT:
         avg = sqrt_rn(avg + tl.cast(eps, dtype))
     else:
@@ -43,25 +42,15 @@ def rmsprop_rule(
     if DECAY and DECOUPLED:
         param = param * tl.cast(1 - lr * weight_decay, dtype)
     if MOMENTUM:
-        momentum_buffer = momentum_buffer * tl.cast(momentum, dtype)
-        if LR_IN_MOMENTUM:
-            update = div_rn(tl.cast(rate, dtype) * grad, avg)
-        elif BIAS_CORRECTION:
-            update = div_rn(tl.cast(gain, dtype) * grad, avg)
-        else:
-            update = div_rn(grad, avg)
-        momentum_buffer = momentum_buffer + update
-        if NESTEROV:
-            if LR_IN_MOMENTUM:
-                param = param - update
-            else:
-                param = param + div_rn(tl.cast(-rate, dtype) * grad, avg)
         scale = tl.cast(-1.0, tl.float64) if LR_IN_MOMENTUM else -lr
+        value = tl.cast(rate if LR_IN_MOMENTUM else gain, dtype)
+        momentum_buffer = addcdiv(momentum_buffer * tl.cast(momentum, dtype), grad, avg, value)
         if NESTEROV:
+            param = addcdiv(param, -grad, avg, tl.cast(rate, dtype))
             scale = scale * momentum
         param = fma(tl.cast(scale, dtype), momentum_buffer, param)
     else:
-        param = param - div_rn(tl.cast(rate, dtype) * grad, avg)
+        param = addcdiv(param, -grad, avg, tl.cast(rate, dtype))
     return param, square_avg, grad_avg, momentum_buffer
 
 

@@ -1,9 +1,10 @@
 """What the compilers make of the kernels: registers, stack, loads and stores by width.
 
     python -m perf.machine_code
+    python -m perf.machine_code --kernels rprop --dtypes fp32 --targets sm_90
 
-No GPU is needed. Exit code 1 if a kernel spills, or if its aligned path has an access of less
-than 128 bits.
+No GPU is needed. Exit code 1 if a kernel spills, or if its aligned path reads or writes a tensor
+by less than 128 bits.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,7 +94,8 @@ KERNELS: dict[str, Kernel] = {
 
 
 class MachineCode(NamedTuple):
-    """One kernel for one target. Accesses are counted by width in bits."""
+    """One kernel for one target. What is counted is the aligned path's: the instructions from its
+    first access of 128 bits to its last, and its loads and stores by width in bits."""
 
     registers: int
     stack: int  # bytes of registers spilled
@@ -100,13 +104,16 @@ class MachineCode(NamedTuple):
     instructions: int
 
     def problems(self, dtype: str, kernel: Kernel) -> list[str]:
-        """Spills, and vector accesses that the aligned path should have and has not."""
+        """Spills, and accesses of tensors by less than 128 bits."""
         vectors = -(-kernel.block * BITS[dtype] // (128 * THREADS))  # per thread and tensor
+        scalars = sum(name not in kernel.constants for name in OPTIONAL)  # one value each
         found = [f"spills {self.stack} bytes"] if self.stack else []
-        if self.loads[128] < vectors * kernel.reads:
-            found.append(f"{self.loads[128]} of {vectors * kernel.reads} loads of 128 bits")
-        if self.stores[128] < vectors * kernel.writes:
-            found.append(f"{self.stores[128]} of {vectors * kernel.writes} stores of 128 bits")
+        if self.loads[128] != vectors * kernel.reads or self.loads.total() > (
+            self.loads[128] + scalars
+        ):
+            found.append(f"{vectors * kernel.reads} loads of 128 bits expected")
+        if self.stores[128] != vectors * kernel.writes or self.stores.total() > self.stores[128]:
+            found.append(f"{vectors * kernel.writes} stores of 128 bits expected")
         return found
 
 
@@ -146,12 +153,22 @@ def _nvidia(cubin: bytes) -> MachineCode:
         )
     registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
     widths = {"": 32, "64": 64, "128": 128, "U16": 16, "U8": 8}
-    loads, stores = (
-        Counter(widths[suffix] for suffix in re.findall(rf"\b{name}\.E(?:\.(\w+))?", sass))
-        for name in ("LDG", "STG")
-    )
-    count = len(re.findall(r"^\s+/\*\w{4}\*/", sass, re.M))
-    return MachineCode(registers, stack, loads, stores, count)
+    lines = re.findall(r"^\s+/\*\w{4}\*/\s+(.*)", sass, re.M)
+    return MachineCode(registers, stack, *_aligned(lines, widths, r"\b(LDG|STG)\.E(?:\.(\w+))?"))
+
+
+def _aligned(
+    lines: list[str], widths: dict[str, int], pattern: str
+) -> tuple[Counter[int], Counter[int], int]:
+    """Loads and stores by width, and the lines, from the first access of 128 bits to the last."""
+    found = [(index, re.search(pattern, line)) for index, line in enumerate(lines)]
+    accesses = [(i, m[1], widths[m[2] or ""]) for i, m in found if m]
+    wide = [index for index, _, width in accesses if width == 128] or [0]
+    loads, stores = Counter[int](), Counter[int]()
+    for index, kind, width in accesses:
+        if wide[0] <= index <= wide[-1]:
+            (loads if kind in ("LDG", "load") else stores)[width] += 1
+    return loads, stores, wide[-1] - wide[0] + 1
 
 
 def _amd(text: str) -> MachineCode:
@@ -160,32 +177,33 @@ def _amd(text: str) -> MachineCode:
 
     widths = {"ushort": 16, "short": 16, "short_d16": 16, "short_d16_hi": 16, "dword": 32,
               "dwordx2": 64, "dwordx4": 128}  # fmt: skip
-    loads, stores = (
-        Counter(widths[suffix] for suffix in re.findall(rf"\b(?:global|buffer)_{kind}_(\w+)", text))
-        for kind in ("load", "store")
-    )
     stack = field("private_segment_fixed_size") + 4 * field("vgpr_spill_count")
-    count = len(re.findall(r"^\t[a-z]\w+ ", text, re.M))
-    return MachineCode(field("vgpr_count"), stack, loads, stores, count)
+    lines = re.findall(r"^\t([a-z]\w+ .*)", text, re.M)
+    pattern = r"\b(?:global|buffer)_(load|store)_(\w+)"
+    return MachineCode(field("vgpr_count"), stack, *_aligned(lines, widths, pattern))
 
 
-def main() -> int:
+def main(kernels: Sequence[str], dtypes: Sequence[str], targets: Sequence[str]) -> int:
+    row = "{:24} {:5} {:7} {:>9} {:>6} {:>12} {:>9} {:>10}  {}"
+    print("The aligned path; loads and stores of 128 bits, and instructions per element.")
+    print(row.format("kernel", "dtype", "target", "registers", "stack", "instructions",
+                     "loads", "stores", "").rstrip())  # fmt: skip
     failed = 0
-    row = "{:24} {:5} {:7} {:>4} {:>6} {:>6}  {}"
-    head = ("kernel", "dtype", "target", "regs", "stack", "instr", "loads, stores by bits")
-    print(row.format(*head))
-    for name, kernel in KERNELS.items():
-        for dtype in DTYPES:
-            for target in TARGETS:
-                code = machine_code(kernel, dtype, target)
-                problems = code.problems(dtype, kernel)
-                failed += bool(problems)
-                widths = f"{dict(code.loads)}, {dict(code.stores)} {'; '.join(problems)}"
-                print(row.format(name, dtype, target, code.registers, code.stack,
-                                 code.instructions, widths))  # fmt: skip
+    for name, dtype, target in product(kernels, dtypes, targets):
+        kernel = KERNELS[name]
+        code = machine_code(kernel, dtype, target)
+        problems = code.problems(dtype, kernel)
+        failed += bool(problems)
+        each = code.instructions / (kernel.block / THREADS)
+        counts = code.registers, code.stack, f"{each:.1f}", code.loads[128], code.stores[128]
+        print(row.format(name, dtype, target, *counts, "; ".join(problems)).rstrip())
+    print(f"{failed} with problems" if failed else "No spills, no narrow access of a tensor.")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    sys.exit(main())
+    parser = argparse.ArgumentParser(description=__doc__)
+    for option, names in (("kernels", KERNELS), ("dtypes", DTYPES), ("targets", TARGETS)):
+        parser.add_argument(f"--{option}", nargs="+", choices=names, default=list(names),
+                            metavar="NAME", help=f"of {'; '.join(names)}")  # fmt: skip
+    sys.exit(main(**vars(parser.parse_args())))

@@ -59,7 +59,7 @@ FEW_SHAPES = [(3, 5), (40,), (), (64,), (7,)]
 """None larger than a piece, with padding after each."""
 
 TOLERANCE = {
-    torch.float32: 2.0,  # torch's own kernels on a GPU may contract other products and sums
+    torch.float32: 2.0,  # a GPU's operators may be compiled to other roundings than sm_90's
     torch.float64: 2.0,  # likewise; the interpreter emulates a fused multiply-add
     torch.bfloat16: 2.0,  # of a result rounded once, to either side; the interpreter truncates
     torch.float16: 1.0,  # of a result rounded once, to either side

@@ -4,14 +4,16 @@ import pytest
 import torch
 from conftest import DEVICES
 
-from tritonopt import eager
+from tritonopt import RMSprop, eager
 from tritonopt.device import path
 
 LAUNCHED = [name for name in DEVICES if path(torch.device(name))[0] == "kernel"]
 if not LAUNCHED:
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
-from tritonopt.kernels import launch, tables
+import triton.language as tl
+
+from tritonopt.kernels import arithmetic, launch, tables
 
 RPROP = {
     "etaminus": 0.5, "etaplus": 1.2, "step_size_min": 1e-6, "step_size_max": 50.0,
@@ -103,11 +105,11 @@ def test_a_table_is_uploaded_only_when_an_address_changed(device, monkeypatch):
     assert len(update.tables._recent) <= tables.RECENT_TABLES
 
 
-def test_more_than_2_to_the_31_elements():
+def test_more_than_2_to_the_31_elements(device):
     """Only the last programs run; pages that nobody touches take no memory."""
     numel, tail = 2**31 + 1500, 2500
-    big = [torch.empty(numel, dtype=torch.float16) for _ in range(4)]
-    small = [torch.rand(tail).half() + 0.5 for _ in big]
+    big = [torch.empty(numel, dtype=torch.float16, device=device) for _ in range(4)]
+    small = [torch.rand(tail, device=device).half() + 0.5 for _ in big]
     for large, values in zip(big, small, strict=True):
         large[-tail:] = values
     param, grad, prev, step_size = big
@@ -120,3 +122,55 @@ def test_more_than_2_to_the_31_elements():
     assert torch.equal(param[-touched:], want[0][-touched:])
     assert torch.equal(param[-tail:-touched], small[0][: tail - touched])
     assert torch.equal(step_size[-touched:], want[2][-touched:])
+
+
+def fma(x, y, z):
+    return (x.double() * y.double() + z.double()).float()
+
+
+def on_a_gpu(param, grad, square_avg, grad_avg, buffer, kwargs):
+    """RMSprop in fp32, rounded as the machine code of torch's operators for sm_90 rounds."""
+    one = {"lr": 0.01, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0, "momentum": 0, **kwargs}
+    lr, alpha = (torch.tensor(one[name]) for name in ("lr", "alpha"))
+    weight = torch.tensor(1 - one["alpha"])
+    if one.get("maximize"):
+        grad = -grad
+    if one["weight_decay"]:
+        grad = fma(torch.tensor(one["weight_decay"]), param, grad)
+    square_avg = fma(weight, grad * grad, square_avg * alpha)
+    avg = square_avg
+    if one.get("centered"):
+        grad_avg = fma(weight, grad - grad_avg, grad_avg)
+        avg = avg - grad_avg * grad_avg
+    avg = avg.double().sqrt().float() + torch.tensor(
+        one["eps"]
+    )  # torch's own is 1 ulp off at times
+    if one["momentum"]:
+        buffer = buffer * torch.tensor(one["momentum"]) + grad / avg
+        return fma(-lr, buffer, param), square_avg, grad_avg, buffer
+    return fma(-lr, grad / avg, param), square_avg, grad_avg, buffer
+
+
+GPU_ORDERS = [
+    {}, {"weight_decay": 0.1, "maximize": True}, {"centered": True}, {"momentum": 0.9},
+    {"centered": True, "momentum": 0.9, "weight_decay": 0.01, "alpha": 0.7},
+]  # fmt: skip
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="tests/test_parity.py compares with the GPU's")
+@pytest.mark.parametrize("kwargs", GPU_ORDERS, ids=str)
+def test_the_order_of_gpu_operators(kwargs, monkeypatch):
+    monkeypatch.setattr(arithmetic, "AS_ON_CPU", tl.constexpr(False))
+    param = torch.nn.Parameter(torch.randn(3000))
+    optimizer = RMSprop([param], **kwargs)
+    missing = torch.zeros(3000)
+    for _ in range(5):
+        param.grad = torch.randn(3000)
+        entry = optimizer.state[param]
+        keys = ("square_avg", "grad_avg", "momentum_buffer")
+        before = [entry.get(key, missing).clone() for key in keys]
+        wanted = on_a_gpu(param.detach().clone(), param.grad, *before, kwargs)
+        optimizer.step()
+        assert torch.equal(param, wanted[0])
+        for key, value in zip(keys, wanted[1:], strict=True):
+            assert key not in entry or torch.equal(entry[key], value), key
