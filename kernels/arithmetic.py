@@ -10,6 +10,12 @@ fuse the product with `value` into the sum: so says torch 2.11's machine code fo
 
 
 @triton.jit
+def neg(x):
+    """-x. Triton's minus is 0 - x, which loses the sign of a zero."""
+    return x * -1.0
+
+
+@triton.jit
 def sqrt_rn(x):
     if x.dtype == tl.float64:  # tl.sqrt_rn takes fp32 only; fp64 is always rounded to nearest
         return tl.sqrt(x)

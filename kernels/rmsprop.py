@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from tritonopt.kernels.arithmetic import addcdiv, addcmul, div_rn, fma, lerp, sqrt_rn
+from tritonopt.kernels.arithmetic import addcdiv, addcmul, div_rn, fma, lerp, neg, sqrt_rn
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def rmsprop_rule(
     dtype: tl.constexpr = param.dtype
     weight = tl.cast(1 - alpha, dtype)
     if MAXIMIZE:
-        grad = -grad
+        grad = neg(grad)
     if DECAY and not DECOUPLED:
         grad = fma(tl.cast(weight_decay, dtype), param, grad)
     rate = lr
@@ -42,15 +42,15 @@ def rmsprop_rule(
     if DECAY and DECOUPLED:
         param = param * tl.cast(1 - lr * weight_decay, dtype)
     if MOMENTUM:
-        scale = tl.cast(-1.0, tl.float64) if LR_IN_MOMENTUM else -lr
+        scale = tl.cast(-1.0, tl.float64) if LR_IN_MOMENTUM else neg(lr)
         value = tl.cast(rate if LR_IN_MOMENTUM else gain, dtype)
         momentum_buffer = addcdiv(momentum_buffer * tl.cast(momentum, dtype), grad, avg, value)
         if NESTEROV:
-            param = addcdiv(param, -grad, avg, tl.cast(rate, dtype))
+            param = addcdiv(param, neg(grad), avg, tl.cast(rate, dtype))
             scale = scale * momentum
         param = fma(tl.cast(scale, dtype), momentum_buffer, param)
     else:
-        param = addcdiv(param, -grad, avg, tl.cast(rate, dtype))
+        param = addcdiv(param, neg(grad), avg, tl.cast(rate, dtype))
     return param, square_avg, grad_avg, momentum_buffer
 
 

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from tritonopt.kernels.arithmetic import neg
+
 
 @triton.jit
 def rprop_rule(
@@ -12,7 +14,7 @@ def rprop_rule(
 ):  # fmt: skip
     dtype: tl.constexpr = param.dtype
     if MAXIMIZE:
-        grad = -grad
+        grad = neg(grad)
     agreement = grad * prev  # NaN is neither positive nor negative: it counts as 0
     if VARIANT == "rprop+" or VARIANT == "irprop+":  # the last update, taken back
         sign = (prev > 0).to(dtype) - (prev < 0).to(dtype)

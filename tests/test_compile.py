@@ -201,6 +201,37 @@ def test_backward_notices_the_step():
         loss.backward()
 
 
+@pytest.mark.parametrize("momenta", [(0.9, 0.5, 0.4, 0, 0, 0.3), (0.9, 0, 0.4, 0.4)], ids=str)
+def test_momentum_turned_off_and_on(momenta):
+    """Without it the buffers stay as they are."""
+    ours, theirs = optimizers("RMSprop", parameters(), momentum=0.9)
+    step = torch.compile(ours.step, backend="aot_eager")
+    for momentum in momenta:
+        give_gradients(ours, theirs)
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0]["momentum"] = momentum
+        step()
+        theirs.step()
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "values"),
+    [("nesterov", "momentum", (0.9, 0.5, 0.0)), ("bias_correction", "alpha", (0.9, 0.8, 1.0))],
+)
+def test_options_are_checked_in_every_graph(option, name, values):
+    (param,) = parameters(((4,),))
+    optimizer = OURS["RMSprop"]([param], momentum=0.9, **{option: True})
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    for value in values[:-1]:
+        param.grad = torch.randn(4)
+        optimizer.param_groups[0][name] = value
+        step()
+    optimizer.param_groups[0][name] = values[-1]
+    with pytest.raises(Exception, match=f"{option}=True requires"):
+        step()
+
+
 def test_what_the_op_does_not_take_goes_to_torch():
     params = [*parameters(((3,),)), torch.nn.Parameter(torch.randn(2, dtype=torch.complex64))]
     base = torch.randn(6)

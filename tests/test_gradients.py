@@ -154,6 +154,33 @@ def test_single_gradients_of_half_parameters(name, dtype, device):
         assert ours.state[params[0]]["step"] == step + 1
 
 
+@pytest.mark.parametrize("who", ["gradient", "state"])
+def test_state_in_single_precision_of_half_parameters(name, who):
+    """Rprop's step sizes have the gradients' dtype in torch; state that is given stays as it is."""
+    params = parameters([(3, 5), (40,)], torch.bfloat16)
+    ours, theirs, copies = twins(name, params, lr=0.1)
+    for param, twin in zip(params, copies, strict=True):
+        if who == "gradient":
+            param.grad_dtype = twin.grad_dtype = torch.float32
+        else:
+            key = {"RMSprop": "square_avg", "Rprop": "prev"}[name]
+            for optimizer, p in ((ours, param), (theirs, twin)):
+                entry = {"step": torch.tensor(0.0), key: torch.zeros(p.shape)}
+                if name == "Rprop":
+                    entry["step_size"] = torch.full(p.shape, 0.1)
+                optimizer.state[p] = entry
+    for _ in range(3):
+        for param, twin in zip(params, copies, strict=True):
+            param.grad = torch.randn(param.shape, dtype=param.grad_dtype)
+            twin.grad = param.grad.clone()
+        ours.step()
+        theirs.step()
+        for param, twin in zip(params, copies, strict=True):
+            for key, value in theirs.state[twin].items():
+                assert ours.state[param][key].dtype == value.dtype, key
+                torch.testing.assert_close(ours.state[param][key], value, rtol=0.02, atol=0.02)
+
+
 def test_gradient_dtypes_that_alternate(name):
     params = parameters([(3, 5), (40,), (64,)], torch.bfloat16)
     ours = OURS[name](params, lr=0.1)
@@ -164,8 +191,8 @@ def test_gradient_dtypes_that_alternate(name):
     for step in range(6):
         for index, (param, other) in enumerate(zip(params, twin, strict=True)):
             other.grad = torch.randn_like(other)
-            dtype = torch.float32 if (step + index) % 3 == 0 else torch.bfloat16
-            param.grad = other.grad.to(dtype)
+            single = step and (step + index) % 3 == 0  # not first: Rprop's step sizes follow it
+            param.grad = other.grad.to(torch.float32 if single else torch.bfloat16)
         ours.step()
         theirs.step()
         assert_follows(ours, theirs, params, twin)

@@ -104,6 +104,24 @@ STATE = {
 }
 
 
+def share(optimizer, *keys):
+    first, *rest = optimizer.param_groups[0]["params"][1::3]  # of one shape
+    for param in rest:
+        optimizer.state[param].update({key: optimizer.state[first][key] for key in keys})
+
+
+@pytest.mark.parametrize("count", [1, 2], ids=["step", "step and state"])
+def test_state_that_parameters_share(name, count):
+    """torch updates it once for each of them."""
+    params = parameters([(3,), (40,), (), (7,), (40,), (5,), (9,), (40,)])
+    ours, theirs, copies = twins(name, params, lr=0.1)
+    follow(ours, theirs, params, copies, 2)
+    for optimizer in (ours, theirs):
+        share(optimizer, *("step", "square_avg" if name == "RMSprop" else "step_size")[:count])
+    follow(ours, theirs, params, copies, 3)
+    assert ours.state[params[1]]["step"] == 2 + 3 * 3
+
+
 def copied(state):
     return [(p, {k: t.clone() for k, t in entry.items()}) for p, entry in state.items()]
 

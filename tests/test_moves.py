@@ -21,6 +21,7 @@ from cases import (
 )
 from torch import nn
 
+import tritonopt
 from tritonopt import slab
 
 
@@ -140,6 +141,37 @@ def test_loaded_state_is_packed_once(name, monkeypatch):
     assert is_packed(ours, model.parameters())
     monkeypatch.setattr(slab, "allocate", None)
     follow(ours, theirs, *lists(model, twin), 3)
+
+
+def test_loaded_state_that_somebody_holds(name):
+    """Restarts write to the tensors that they took from the state; a module may own them."""
+    params = parameters(FEW_SHAPES)
+    ours, theirs, copies = twins(name, params, lr=0.1)
+    held = []
+    for optimizer in (ours, theirs):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    follow(ours, theirs, params, copies, 1)
+    for optimizer in (ours, theirs):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        entries = optimizer.state.values()
+        tensors = [t for entry in entries for key, t in sorted(entry.items()) if key != "step"]
+        held.append([*tensors[:2], *(t.detach() for t in tensors[2:])])
+    for _ in range(4):
+        follow(ours, theirs, params, copies, 2)
+        for mine, other in zip(*held, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
+            mine.fill_(0.5), other.fill_(0.5)
+
+
+def test_a_slice_of_a_piece_has_no_padding():
+    """It fills a storage, too, where NumPy made it; behind it lies what is not ours."""
+    (whole,) = parameters([(10, 32)])
+    tritonopt.RMSprop([whole])
+    array, before = whole.detach().numpy(), whole.detach().clone()
+    params = [nn.Parameter(torch.from_numpy(row[:20])) for row in array]
+    ours, theirs, copies = twins("RMSprop", params, weight_decay=0.1)
+    follow(ours, theirs, params, copies)
+    assert torch.equal(whole[:, 20:], before[:, 20:])
 
 
 def test_two_optimizers_over_the_same_parameters(name):

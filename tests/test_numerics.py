@@ -4,6 +4,7 @@ import copy
 import itertools
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from cases import OURS, TORCH, assert_follows, follow, give_gradients, parameters, twins
@@ -206,6 +207,38 @@ def test_etas_of_a_group(etas, dtype):
 
 STEP_SIZES = [(50, 1e-6), (-1.0, 1.0), (-2.0, -1.0), (0, 0), (1, 1), (0.0, float("inf")),
               (float("inf"), 1.0), [0.005, 0.02]]  # fmt: skip
+
+
+STRANGE = {
+    "tensor etas": {"etas": (torch.tensor(0.3), torch.tensor(1.7))},
+    "numpy etas": {"etas": (np.float64(0.3), np.float64(1.7))},
+    "no least step size": {"step_sizes": (None, 0.2)},
+    "no greatest step size": {"step_sizes": (0.1, None)},
+    "tensor step sizes": {"step_sizes": (torch.tensor(0.05), torch.tensor(0.2))},
+}
+
+
+@pytest.mark.parametrize("kwargs", STRANGE.values(), ids=STRANGE)
+def test_rprop_options_of_other_types(kwargs, device):
+    params = parameters([(5,), (64,)], device=device)
+    ours, theirs, copies = twins("Rprop", params, lr=0.1, **kwargs)
+    follow(ours, theirs, params, copies, 5)
+
+
+def test_zeros_keep_their_sign(name):
+    """-x of +0 is -0, also in a kernel, whose minus is 0 - x."""
+    param, zeros = torch.tensor([-0.0, 0.0, -0.0, 0.0]), torch.tensor([0.0, 0.0, -0.0, -0.0])
+    for maximize in (False, True):
+        ours, theirs, copies = twins(name, [torch.nn.Parameter(param.clone())], maximize=maximize)
+        for _ in range(2):
+            for optimizer in (ours, theirs):
+                optimizer.param_groups[0]["params"][0].grad = zeros.clone()
+                optimizer.step()
+        (mine,), (other,) = ours.param_groups[0]["params"], copies
+        pairs = [(mine, other)]
+        pairs += [(ours.state[mine][k], v) for k, v in theirs.state[other].items()]
+        for actual, expected in pairs:
+            assert torch.equal(torch.signbit(actual), torch.signbit(expected))
 
 
 @pytest.mark.parametrize("step_sizes", STEP_SIZES, ids=str)

@@ -165,12 +165,14 @@ def test_versions_are_bumped():
     [
         (lambda a: a[1].pop(), ValueError, "equal lengths"),
         (lambda a: a[2].clear(), ValueError, "state for every parameter"),
+        (lambda a: a[2].__setitem__(1, a[2][0].view(-1)[:7]), ValueError, "shares memory"),
+        (lambda a: a[5].__setitem__(1, a[5][0]), ValueError, "shares memory"),
         (lambda a: a[1].__setitem__(0, torch.ones(2)), ValueError, "size of parameter 0"),
         (lambda a: a[1].__setitem__(1, a[1][1].double()), NotImplementedError, "mixes dtypes"),
         (lambda a: a[1].__setitem__(1, a[1][1].to_sparse()), NotImplementedError, "Sparse"),
         (lambda a: a[0].__setitem__(1, a[0][1].cfloat()), NotImplementedError, "complex64"),
     ],
-    ids=["lengths", "no state", "size", "dtypes", "sparse", "complex"],
+    ids=["lengths", "no state", "one state", "one count", "size", "dtypes", "sparse", "complex"],
 )
 def test_errors_before_anything_is_written(change, error, text):
     arg = arguments("rmsprop_")

@@ -181,6 +181,19 @@ def exported(shape):
     return param, (torch.from_dlpack(torch.utils.dlpack.to_dlpack(param.detach())),)
 
 
+def exported_itself(shape):
+    """The capsule holds the tensor, which its storage does not know."""
+    tensor = torch.randn(12)
+    array = np.from_dlpack(tensor)
+    return tensor.requires_grad_(), (torch.from_numpy(array), array)
+
+
+def storage_held(shape):
+    param = nn.Parameter(torch.randn(12))
+    storage = param.untyped_storage()
+    return param, (torch.empty(0).set_(storage), storage)
+
+
 def seen_by_numpy(shape):
     param = nn.Parameter(torch.randn(12))
     array = param.detach().numpy()
@@ -199,7 +212,8 @@ def detached(shape):
 
 ALIASES = {
     "detached": detached, "numpy view": seen_by_numpy, "of a numpy array": of_array,
-    "of a bytearray": of_bytes, "DLPack": exported, "mapped file": mapped,
+    "of a bytearray": of_bytes, "DLPack": exported, "DLPack of itself": exported_itself,
+    "storage": storage_held, "mapped file": mapped,
     "of a buffer": of_a_buffer,
 }  # fmt: skip
 

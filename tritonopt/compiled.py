@@ -109,7 +109,7 @@ def _bare(tensor: Tensor) -> Tensor:
 
 def _input(name: str, value: Any) -> Any:
     if name in LIVE:
-        return torch.tensor(float(value), dtype=torch.float64)
+        return torch.tensor(float(value), dtype=torch.float64, device="cpu")
     return float(value) if type(value) is int else value  # an integer would be a symbol
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -75,14 +75,18 @@ def why_not_together(param: Tensor, grad: Tensor | None, states: Sequence[Tensor
     return None
 
 
-def overlapping(params: Sequence[Tensor]) -> set[int]:
-    """Indices of parameters that share memory: one launch would write it twice at once."""
+def overlapping(rows: Iterable[Sequence[Tensor]]) -> set[int]:
+    """Indices of rows (a parameter, its state) that share memory with another, or within.
+
+    One launch would write it twice at once.
+    """
     ranges = []
-    for index, param in enumerate(params):
-        if is_plain(param) and param.numel() and param.device.type != "meta":
-            last = sum((n - 1) * s for n, s in zip(param.size(), param.stride(), strict=True))
-            start = param.data_ptr()
-            ranges.append((start, start + (last + 1) * param.itemsize, index))
+    for index, row in enumerate(rows):
+        for tensor in row:
+            if is_plain(tensor) and tensor.numel() and tensor.device.type != "meta":
+                dims = zip(tensor.size(), tensor.stride(), strict=True)
+                start, last = tensor.data_ptr(), sum((n - 1) * s for n, s in dims)
+                ranges.append((start, start + (last + 1) * tensor.itemsize, index))
     ranges.sort()
     found: set[int] = set()
     end, owner = 0, -1

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonopt import packing
+from tritonopt import packing, slab
 from tritonopt.bucket import Rule
 from tritonopt.device import is_capturing
 from tritonopt.eligible import why_not_native
 from tritonopt.layout import IMMUTABLE, Layout
-from tritonopt.shard import local
+from tritonopt.shard import is_sharded, local
 from tritonopt.sweep import Sweep
 
 PATHS = ("capturable", "foreach", "differentiable")
@@ -114,8 +114,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
         layout.steps += 1
         # What lies outside a slab is packed once it has stayed in place for a step: some users move
         # parameters or state before every step.
-        packed = layout.steps == 1 and self._pack_moved(group, layout)
-        return self._look(index) if packed else layout
+        if layout.steps == 1 and self._pack_moved(group, layout):
+            layout = self._look(index)
+            layout.steps = 1
+        return layout
 
     def _holds(
         self, layout: Layout, group: dict[str, Any], state: dict[Tensor, Any] | None
@@ -190,7 +192,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
         entry = self.state.get(param)
         if not entry:
             return True
-        if not all(isinstance(value, Tensor) for value in entry.values()):
+        if not all(map(_may_be_ours, entry.values())):
             return False
         fits = all(
             key in entry and (entry[key].dtype, entry[key].device) == (param.dtype, param.device)
@@ -201,9 +203,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _pack_moved(self, group: dict[str, Any], layout: Layout) -> bool:
         """Packs what left the slabs; no parameter of an accelerator: graphs may know its place.
 
-        Returns whether anything was packed.
+        Returns whether the layout must be made again.
         """
-        keys = ("step", *self._rule(group).keys)
+        keys: tuple[str, ...] = ("step", *self._rule(group).keys)
         native = [
             p
             for p in layout.params
@@ -211,10 +213,22 @@ class GroupedOptimizer(torch.optim.Optimizer):
         ]
         if self._why_torch(group) or any(is_capturing(p.device) for p in native[:1]):
             return False
-        packed = packing.pack([p for p in native if p.device.type == "cpu"])
-        if any(p.device.type != "cpu" for p in native) and group["capturable"]:
-            return packed
-        return packing.pack_state(self.state, native, keys) or packed
+        movable = [p for p in native if p.device.type == "cpu"]
+        if len(movable) < len(native) and group["capturable"]:
+            keys = ()
+        if not packing.any_outside(movable, self.state, native, keys):
+            return False
+        layout.buckets.clear()  # which know other tensors of the same memory
+        packing.pack(movable)
+        packing.pack_state(self.state, native, keys)
+        return True
+
+
+def _may_be_ours(value: Any) -> bool:
+    """Whether state may have been made here, as far as can be told."""
+    if not isinstance(value, Tensor):
+        return False
+    return is_sharded(value) or value.numel() == 0 or slab.find(value) is not None
 
 
 def has_fused_amp(optimizer: torch.optim.Optimizer) -> bool:

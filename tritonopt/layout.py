@@ -40,7 +40,12 @@ class Layout:
         self.steps = 0  # taken since
 
         members: dict[tuple[Any, ...], list[int]] = {}
-        shared = overlapping([local(param) for param in self.params])
+        keys = ("step", *rule.keys)
+        rows = [
+            [param, *((state or {}).get(key) for key in keys)]
+            for param, state in zip(self.params, self.states, strict=True)
+        ]
+        shared = overlapping([local(t) for t in row if isinstance(t, Tensor)] for row in rows)
         for index, (param, entry) in enumerate(zip(self.params, self.states, strict=True)):
             why = why_torch or why_not_native(param)
             if lacking[index] and not why_torch and param.grad is None:
@@ -50,7 +55,7 @@ class Layout:
             if why is None and group["capturable"] and param.device.type not in _CAPTURABLE:
                 why = f"capturable=True is not for {param.device.type}"  # torch raises
             if why is None and index in shared:
-                why = "overlaps another parameter"
+                why = "overlaps another parameter, or its state does"
             if why is None:
                 assert entry is not None
                 tensors = [entry[key] for key in rule.keys]

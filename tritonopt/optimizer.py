@@ -92,6 +92,9 @@ class SlabOptimizer(GroupedOptimizer):
         """Whether the host must know, before anything is updated, that a step is not skipped."""
         return False
 
+    def _settle(self, work: list[Any]) -> None:
+        """Called once per step with the layouts and gradients, in which nothing is wrong."""
+
     def _before_update(self, group: dict[str, Any], layout: Layout) -> None:
         """Called before each update of a group."""
 
@@ -141,6 +144,7 @@ class SlabOptimizer(GroupedOptimizer):
             work = [self._examine(index, state) for index in range(len(self.param_groups))]
             if state is not None:
                 self._entries = list(state.keys()), list(state.values())
+            self._settle(work)
             scaling = self._scaling(work)
             if scaling is None:
                 return loss
@@ -258,6 +262,10 @@ class SlabOptimizer(GroupedOptimizer):
             raise ValueError(f"max_grad_norm and fused_amp {_UNTRACED}")
         if any(map(is_sharded, group["params"])):
             raise ValueError(f"sharded parameters {_UNTRACED}")
+
+    def _traced_conditions(self, group: dict[str, Any]) -> list[bool]:
+        """Whatever about floats decides which op is traced, and whether it may be."""
+        raise NotImplementedError
 
     def _traced_update(
         self, group: dict[str, Any], native: Any, rest: Any, has_complex: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -61,18 +62,27 @@ def make_state(
 
 @torch.no_grad()
 def pack_state(state: Mapping[Tensor, Any], params: Sequence[Tensor], keys: Sequence[str]) -> bool:
-    """Moves state that does not lie in a slab; whether there was any."""
+    """Moves state that does not lie in a slab; whether there was any.
+
+    The tensors stay the ones that they are: others may hold them.
+    """
     packed = False
     for key in keys:
-        moved = [p for p in params if _has_moved(state[p][key], p, key)]
+        many = Counter(id(state[p][key]) for p in params)
+        moved = [
+            p for p in params
+            if many[id(state[p][key])] == 1
+            and _lies_outside(state[p][key], p, key)
+            and slab.why_not_moved(state[p][key]) is None
+        ]  # fmt: skip
         for batch in by_slab(moved, {p: state[p][key] for p in moved}):
             old = [state[p][key] for p in batch]
             like, alignment = (old, 1) if key == "step" else (batch, slab.ALIGNMENT)
             new, _ = slab.allocate(like, old[0].dtype, old[0].device, alignment)
             torch._foreach_copy_(new, old)
             packed = True
-            for param, tensor in zip(batch, new, strict=True):
-                state[param][key] = tensor
+            for tensor, piece in zip(old, new, strict=True):
+                tensor.data = piece
     return packed
 
 
@@ -91,12 +101,22 @@ def by_slab(
         yield from slab.batches(members, dtype)
 
 
-def _has_moved(tensor: Tensor, param: Tensor, key: str) -> bool:
-    """Whether a state tensor does not lie in a slab, in its parameter's layout, and could."""
+def any_outside(
+    movable: Iterable[Tensor],
+    state: Mapping[Tensor, Any],
+    params: Sequence[Tensor],
+    keys: Sequence[str],
+) -> bool:
+    """Whether a movable parameter, or state of a parameter, lies in no slab: at a first look."""
+    if any(p.numel() and slab.find(p) is None for p in movable):
+        return True
+    return any(_lies_outside(state[p][key], p, key) for p in params for key in keys)
+
+
+def _lies_outside(tensor: Tensor, param: Tensor, key: str) -> bool:
+    """Whether a state tensor does not lie in a slab in its parameter's layout."""
     if not is_plain(tensor) or tensor.numel() == 0:
         return False
     if slab.find(tensor) is not None and (key == "step" or same_layout(tensor, param)):
-        return False
-    if tensor.is_cpu and tensor.is_shared():
         return False
     return key == "step" or (tensor.device == param.device and tensor.size() == param.size())

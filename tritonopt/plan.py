@@ -61,7 +61,7 @@ class Plan:
         # Other tensors of the same memory: the cache would keep its own keys alive.
         self.params = [p.detach() for p in params]
         self.columns = [[t.detach() for t in column] or None for column in columns]
-        self.loose = overlapping(self.params)
+        self.loose = overlapping([param] for param in self.params)
         self.loose |= {i for i in range(len(params)) if not self._is_in_order(i)}
         self.misfits = [
             i for i, (p, g) in enumerate(zip(params, grads, strict=True))
@@ -165,7 +165,7 @@ def _native(name: str, params: list[Tensor], columns: list[Any]) -> Callable[...
 
 
 def _check(call: Call) -> None:
-    name, params, grads, columns, _ = call
+    name, params, grads, columns, steps = call
     used = [column for column in columns if column]
     if {len(params)} != {len(column) for column in (params, grads, *used)}:
         raise ValueError(f"{name} needs lists of equal lengths; lists it does not use are empty")
@@ -179,6 +179,8 @@ def _check(call: Call) -> None:
         why = _why_not(param, grad, states)
         if why is not None:
             raise NotImplementedError(f"{name}: parameter {index} {why}")
+    if overlapping(zip(*used, strict=True)) or overlapping([step] for step in steps):
+        raise ValueError(f"{name}: state of different parameters shares memory")
 
 
 def _why_not(param: Tensor, grad: Tensor, states: list[Tensor]) -> str | None:

@@ -184,6 +184,11 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
             has_complex=has_complex, **{name: group[name] for name in names},
         )  # fmt: skip
 
+    def _traced_conditions(self, group: dict[str, Any]) -> list[bool]:
+        momentum, alpha = group["momentum"], group["alpha"]
+        conditions = [] if isinstance(momentum, Tensor) else [momentum > 0]
+        return conditions if isinstance(alpha, Tensor) else [*conditions, alpha < 1]
+
     def _traced_update(
         self, group: dict[str, Any], native: Any, rest: Any, has_complex: bool
     ) -> None:

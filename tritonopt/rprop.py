@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.rprop import rprop
 
-from tritonopt import eager
+from tritonopt import eager, slab
 from tritonopt.bucket import Rule
 from tritonopt.device import is_capturing
 from tritonopt.eager import VARIANTS
@@ -121,14 +121,16 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         return Rule("Rprop", "rprop_", eager.rprop_, keys, keys)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+        numbers = {name: float(value) for name, value in _torch_limits(group).items()}
         return {
-            **_torch_hyper(group),
+            **numbers,
+            "maximize": group["maximize"],
             "variant": self._option(group, "variant"),
             "loss_rose": self._loss_rose,
         }
 
     def _deciding(self, group: dict[str, Any]) -> list[Any]:
-        return [*map(group.get, _DECIDING), *group["etas"]]
+        return [*map(group.get, _DECIDING), *group["etas"], *group["step_sizes"]]
 
     def _check(self, group: dict[str, Any]) -> None:
         if self._option(group, "variant") not in VARIANTS:
@@ -142,6 +144,8 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         etaminus, etaplus = (_rounded(float(eta), torch.float32) for eta in group["etas"])
         if not 0 < etaminus < 1 < etaplus:  # possible in a group: torch validates defaults only
             return f"etas={group['etas']}"
+        if any(s is None or getattr(s, "ndim", 0) for s in group["step_sizes"]):
+            return f"step_sizes={group['step_sizes']}"
         return super()._why_torch(group)
 
     def _torch_update(self, group: dict[str, Any]) -> None:
@@ -150,10 +154,10 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
 
     def _functional(self, group: dict[str, Any], lists: Any, has_complex: bool) -> None:
         params, grads, prevs, step_sizes, steps = lists
-        names = ("foreach", "differentiable", "capturable")
+        names = ("foreach", "differentiable", "capturable", "maximize")
         rprop(
-            params, grads, prevs, step_sizes, steps,
-            has_complex=has_complex, **_torch_hyper(group), **{name: group[name] for name in names},
+            params, grads, prevs, step_sizes, steps, has_complex=has_complex,
+            **_torch_limits(group), **{name: group[name] for name in names},
         )  # fmt: skip
 
     # The loss.
@@ -189,6 +193,12 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
                 f"variant='irprop+' needs the loss as one number: step(closure) returned {kind!r}"
             ) from error
 
+    def _traced_conditions(self, group: dict[str, Any]) -> list[bool]:
+        etaminus, etaplus = group["etas"]
+        if isinstance(etaminus, Tensor) or isinstance(etaplus, Tensor):
+            return []
+        return [0 < etaminus, etaminus < 1, 1 < etaplus]
+
     def _traced_update(
         self, group: dict[str, Any], native: Any, rest: Any, has_complex: bool
     ) -> None:
@@ -217,6 +227,24 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         )
         return layout
 
+    def _settle(self, work: list[Any]) -> None:
+        for index, (layout, _) in enumerate(work):
+            fits = [self._fit_step_size(index, param) for param, _ in layout.first.unused]
+            if not all(fits):
+                self._look(index)
+                work[index] = self._examine(index, self.state)
+
+    def _fit_step_size(self, index: int, param: Tensor) -> bool:
+        """Whether a step size has the dtype that torch would give it: the first gradient's."""
+        grad, entry = param.grad, self.state.get(param, {})
+        if grad is None or "step_size" not in entry:
+            return True
+        made = local(entry["step_size"])
+        if local(grad).dtype == made.dtype or slab.find(made) is None:
+            return True
+        entry["step_size"] = torch.full_like(grad, float(self.param_groups[index]["lr"]))
+        return False
+
     def _before_update(self, group: dict[str, Any], layout: Layout) -> None:
         if self._option(group, "variant") == "irprop+":
             last, sign = group.get("last_loss"), -1 if group["maximize"] else 1
@@ -229,7 +257,9 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
             if param.grad is None:
                 first.unused.append((param, value))
                 continue
-            entry = self.state[param]
+            entry = self.state.get(param, {})
+            if "step_size" not in entry:  # taken away: torch makes it again
+                continue
             step_size = local(entry["step_size"])
             lr = _rounded(float(group["lr"]), step_size.dtype)
             if lr != value:
@@ -270,7 +300,7 @@ class _First:
         return [entry for entry in asked if float(state[entry[0]]["step"]) == 0]
 
 
-def _torch_hyper(group: dict[str, Any]) -> dict[str, Any]:
+def _torch_limits(group: dict[str, Any]) -> dict[str, Any]:
     etaminus, etaplus = group["etas"]
     step_size_min, step_size_max = group["step_sizes"]
     return {
@@ -278,7 +308,6 @@ def _torch_hyper(group: dict[str, Any]) -> dict[str, Any]:
         "etaplus": etaplus,
         "step_size_min": step_size_min,
         "step_size_max": step_size_max,
-        "maximize": group["maximize"],
     }
 
 

@@ -87,7 +87,8 @@ def scaled(params: Sequence[Tensor], factor: Tensor | None) -> Iterator[None]:
     try:
         if factor is not None:
             for param, grad in zip(params, grads, strict=True):
-                param.grad = None if grad is None else grad * factor.to(grad.device)
+                if grad is not None:  # without dimensions it would take the factor's dtype
+                    param.grad = (grad * factor.to(grad.device)).to(grad.dtype)
         yield
     finally:
         for param, grad in zip(params, grads, strict=True):

@@ -7,6 +7,7 @@ anyone at any time; whoever uses a slab asks `find` where a tensor lies *now*.
 from __future__ import annotations
 
 import bisect
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 ALIGNMENT = 128
 """Bytes from one possible start of a piece to the next: a GPU cache line."""
@@ -30,6 +32,7 @@ class Slab:
         self.memory = torch.zeros(numel, dtype=dtype, device=device)
         self.start = self.memory.data_ptr()
         self.end = self.start + numel * dtype.itemsize
+        self.pieces: dict[int, int] = {}  # bytes, by address
         with _lock:
             position = bisect.bisect(_starts, self.start)
             _starts.insert(position, self.start)
@@ -55,7 +58,7 @@ def _forget(reference: weakref.ref[Slab]) -> None:
 def find(tensor: Tensor) -> Slab | None:
     """The slab of the tensor's dtype and device of which it is a piece, if there is one.
 
-    A view of a part of a piece is none: what follows it is not padding but the rest of the piece.
+    A part of a piece is none: what follows it is not padding but the rest of the piece.
     """
     address = tensor.data_ptr()
     with _lock:
@@ -64,7 +67,8 @@ def find(tensor: Tensor) -> Slab | None:
     if slab is None or not slab.start <= address < slab.end:
         return None
     same = slab.memory.dtype == tensor.dtype and slab.memory.device == tensor.device
-    return slab if same and _fills_storage(tensor) else None
+    is_piece = slab.pieces.get(address) == tensor.numel() * tensor.itemsize
+    return slab if same and is_piece and _fills_storage(tensor) else None
 
 
 def _fills_storage(tensor: Tensor) -> bool:
@@ -105,6 +109,7 @@ def allocate(
     for tensor, offset in zip(like, accumulate(pitches, initial=0), strict=False):
         piece = slab.memory.as_strided(tensor.size(), tensor.stride(), offset)
         piece.slab = slab  # type: ignore[attr-defined]  # the capsule holds the tensor and this
+        slab.pieces[piece.data_ptr()] = piece.numel() * piece.itemsize
         pieces.append(torch.from_dlpack(torch.utils.dlpack.to_dlpack(piece)))
     return pieces, slab
 
@@ -115,13 +120,37 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or tensor.stride() == preserved.stride()
 
 
-def _holders(tensor: Tensor) -> int:
-    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+@torch.inference_mode(False)
+def _holders(tensor: Tensor) -> tuple[int, ...]:
+    """How many hold the tensor (a DLPack capsule does), its storage, and the storage's object."""
+    # Of a leaf's accumulator it is not known whether there is one. Now there is.
+    accumulator = get_gradient_edge(tensor) if tensor.requires_grad else None  # noqa: F841
+    storage = tensor.untyped_storage()
+    uses = torch._C._storage_Use_Count(storage._cdata)
+    return tensor._use_count(), uses, sys.getrefcount(storage)  # type: ignore[attr-defined]
 
 
 @cache
-def _sole_holder() -> int:
-    return _holders(torch.empty(1, device="cpu"))
+@torch.inference_mode(False)
+def _sole_holders(requires_grad: bool) -> tuple[int, ...]:
+    return _holders(torch.empty(1, device="cpu", requires_grad=requires_grad))
+
+
+def why_not_moved(tensor: Tensor) -> str | None:
+    """Why memory must stay where it lies; None if nothing else knows where that is.
+
+    Any alias (`state_dict()`, a tied weight, a flat buffer, a NumPy array) would silently keep the
+    old memory.
+    """
+    if tensor.device.type == "cpu" and (tensor.is_shared() or tensor.is_pinned()):
+        return "lies in shared or pinned memory"
+    if not _fills_storage(tensor):
+        return "is a view of a larger storage"
+    if find(tensor) is None and not tensor.untyped_storage().resizable():
+        return "lies in memory of another owner"  # a NumPy array, a mapped file
+    if _holders(tensor) != _sole_holders(tensor.requires_grad):
+        return "shares its storage with another tensor"
+    return None
 
 
 @cache
@@ -135,11 +164,7 @@ def _has_dlpack(device_type: str) -> bool:
 
 
 def why_not_packed(param: Tensor) -> str | None:
-    """Why a parameter must stay where it lies; None if it may move into a slab.
-
-    Moving is only right where nothing else knows the address: any alias (`state_dict()`, a tied
-    weight, a flat buffer, a NumPy array) would silently keep the old memory.
-    """
+    """Why a parameter must stay where it lies; None if it may move into a slab, or lies there."""
     if type(param) not in (Tensor, torch.nn.Parameter):
         return f"is a {type(param).__name__}"
     if param.numel() == 0:
@@ -150,18 +175,10 @@ def why_not_packed(param: Tensor) -> str | None:
         return "is not a leaf"
     if param.is_inference():
         return "is an inference tensor"
-    if not _fills_storage(param):
-        return "is a view of a larger storage"
     if param.numel() * param.itemsize > MAX_BYTES:
         return f"is larger than a slab ({MAX_BYTES >> 20} MiB)"
     if find(param) is not None:
         return None
-    if param.device.type == "cpu" and (param.is_shared() or param.is_pinned()):
-        return "lies in shared or pinned memory"
-    if not param.untyped_storage().resizable():
-        return "lies in memory of another owner"  # a NumPy array, a mapped file
-    if _holders(param) > _sole_holder():
-        return "shares its storage with another tensor"
     if not _has_dlpack(param.device.type):
         return f"lies on {param.device.type}, which has no DLPack"
-    return None
+    return why_not_moved(param)

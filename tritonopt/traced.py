@@ -27,6 +27,9 @@ def step(optimizer: Any, closure: Callable[[], Any] | None) -> Any:
         for group in optimizer.param_groups:
             native: list[list[Any]] = [[] for _ in range(optimizer._lists)]
             rest: list[list[Any]] = [[] for _ in range(optimizer._lists)]
+            for condition in optimizer._traced_conditions(group):
+                if condition:  # branched on, so that dynamo guards it: it runs `_init_group` unseen
+                    pass
             found = optimizer._init_group(group, *native, *rest)
             group = {**group, "foreach": group["foreach"] or False}
             pairs = detour(native, bool(found & STEPS_ARE_KNOWN))
@@ -102,7 +105,7 @@ def detour(lists: Sequence[list[Any]], with_steps: bool) -> list[tuple[Tensor, T
 
 def live(hyper: dict[str, Any]) -> dict[str, Any]:
     """Floats as tensors: a scheduler that changes them needs one graph more, not one a step."""
-    one = torch.ones((), dtype=torch.float64)
+    one = torch.ones((), dtype=torch.float64, device="cpu")  # whatever the default device
     return {
         name: value if isinstance(value, (bool, Tensor)) else one * value
         for name, value in hyper.items()

@@ -234,6 +234,8 @@ class Trace:
         if not set(kwargs) <= {"alpha", "value"}:
             raise Unknown
         rows = _rows(node.args) if is_foreach else [node.args]
+        for row in rows:
+            self._check_kind(kind, row if writes or is_foreach else [node, *row])
         options = {k: self._operand(v) for k, v in kwargs.items()}
         if kind in ("clamp", "gt", "lt", "eq") and len(node.args) != (3 if kind == "clamp" else 2):
             raise Unknown
@@ -245,6 +247,15 @@ class Trace:
             self._elements[node] = values
         else:
             self._set(node, values[0])
+
+    def _check_kind(self, kind: str, row: Sequence[Any]) -> None:
+        """Only between tensors of one dtype and size is an operator what it is between numbers."""
+        tensors = [t for t in map(self.tensor, row) if t is not None]
+        if kind == "copy" and len({t.dtype for t in tensors}) > 1:
+            raise Unknown
+        several = [t for t in tensors if t.dim() and t.dtype != torch.bool]
+        if len({(t.dtype, t.size()) for t in several}) > 1:
+            raise Unknown
 
     def _apply(
         self, function: Callable[..., int], operands: list[int], options: dict[str, int]
