@@ -56,6 +56,8 @@ class Tables:
             _captured.append((host, table, self.programs))
         else:
             host, table = _buffers(len(rows), self.device)
+            if self.device.type != "cpu":  # it may have been made while another stream was current
+                self.programs.record_stream(torch.accelerator.current_stream(self.device))
             self._recent[key] = (host, table)
             self._last = key, table
             if len(self._recent) > RECENT_TABLES:

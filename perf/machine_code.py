@@ -20,7 +20,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import triton
+try:
+    import triton
+except ImportError:
+    sys.exit("perf.machine_code needs triton: pip install triton")
 import triton.backends.nvidia
 import triton.language as tl
 from triton.backends.compiler import GPUTarget

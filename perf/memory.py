@@ -69,7 +69,8 @@ def memory(workload: Workload, implementation: Implementation) -> dict[str, int]
     held, _ = allocated(begin)
     optimizer, step = begin()
     _, peak = allocated(step)
-    state = sum(t.nbytes for entry in optimizer.state.values() for t in entry.values())
+    tensors = [t for entry in optimizer.state.values() for t in entry.values()]
+    state = sum(t.nbytes for t in tensors if t.device.type == workload.device.type)
     given = 2 * workload.elements * workload.dtype.itemsize
     return {"state_bytes": state, "kept_bytes": held - given - state, "peak_bytes": peak}
 

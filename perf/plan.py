@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from perf.workloads import COUNTS, QUICK, SIZES, WORKLOADS, Shape
 
 Shapes = dict[str, list[Shape]]
 
+HEAD = ("machine", "quick")
 NEED_GPU = [name for name, one in IMPLEMENTATIONS.items() if one.needs_gpu]
 NOT_IN_PLOTS = ["backend", "bitsandbytes", "foreach, replayed"]
 
@@ -30,14 +32,14 @@ class Effort(NamedTuple):
 
 
 CPU = Effort(2.0, COMPILED_UP_TO, compile_time.COUNTS, 75, {})
-GPU = Effort(
+GPU = Effort(  # what takes longest comes last, and may not be reached
     0.3, {"compiled": 64, "backend": 200}, (200,), 25,
     {"steps": 170, "curve": 50, "counts": 25, "memory": 15, "host": 20, "compile": 55, "tune": 85},
 )  # fmt: skip
 QUICKLY = Effort(
     0.3, dict.fromkeys(("compiled", "compile()", "backend"), 0), (20,), 25,
-    {"steps": 30, "curve": 7, "counts": 6, "memory": 12, "host": 12, "compile": 22, "tune": 6,
-     "variants": 10},
+    {"steps": 24, "curve": 6, "counts": 6, "memory": 14, "host": 14, "compile": 36, "tune": 6,
+     "variants": 16},
 )  # fmt: skip
 
 
@@ -46,15 +48,16 @@ def plan(
 ) -> dict[str, Part]:
     quick = options.quick
     effort = QUICKLY if quick else GPU if gpu else CPU
-    up_to = effort.compiled_up_to
+    up_to = COMPILED_UP_TO if options.implementations else effort.compiled_up_to
     if options.compiled_up_to is not None:
         up_to = dict.fromkeys(up_to, options.compiled_up_to)
     left_out = [*[n for n in up_to if not up_to[n]], *([] if device.type == "cuda" else NEED_GPU)]
-    names = [name for name in options.implementations if name not in left_out]
-    few = [name for name in names if name not in NOT_IN_PLOTS]
+    names = options.implementations or [name for name in IMPLEMENTATIONS if name not in left_out]
+    few = [name for name in names if name not in NOT_IN_PLOTS] or names
     chosen = {name: WORKLOADS[name] for name in (QUICK if quick else WORKLOADS)}
     large = {name: chosen[name] for name in chosen if name == "1 x 64M"}
-    curve: Shapes = {f"1 x {size}": [(size,)] for size in (SIZES[:13:4] if quick else SIZES[::2])}
+    sizes = SIZES[:13:4] if quick else SIZES[::2]
+    curve: Shapes = {f"1 x {size}": [(size,)] for size in (sizes[::-1] if gpu else sizes)}
     counts: Shapes = {f"{count} x 64": [(64,)] * count for count in COUNTS[: 3 if quick else None]}
     common: dict[str, Any] = {"up_to": up_to, "seconds": effort.seconds, "bandwidth": speed}
     jobs: dict[str, Jobs] = {
@@ -77,14 +80,22 @@ def plan(
 
 def main(device: torch.device, gpu: bool, options: argparse.Namespace) -> int:
     elements = 2**24 if options.quick else 2**28 if device.type == "cuda" else 2**26
-    speed = bandwidth(device, elements)
-    found = {**machine(device), "bandwidth_bytes_per_s": speed}
-    results: dict[str, Any] = {"machine": found, "quick": options.quick}
+    found = machine(device)
     out = options.out and options.out / f"{'cpu' if not gpu else _slug(found['device'])}.json"
+    lost = set(json.loads(out.read_text())) - {*HEAD, *options.only} if _exists(out) else set()
+    if lost:
+        print(f"{out} has {', '.join(sorted(lost))}, too, of another run: name another folder")
+        return 2
+    speed = found["bandwidth_bytes_per_s"] = bandwidth(device, elements)
+    results: dict[str, Any] = {"machine": found, "quick": options.quick}
     parts = plan(device, gpu, options, speed)
     run(parts, results, out)
     print(*tables(results), sep="\n\n")
     return 0
+
+
+def _exists(file: Path | None) -> bool:
+    return file is not None and file.exists()
 
 
 def _slug(name: str) -> str:
@@ -109,8 +120,7 @@ def parser(description: str | None, gpu: bool) -> argparse.ArgumentParser:
         nargs="+",
         choices=IMPLEMENTATIONS,
         metavar="NAME",
-        default=list(IMPLEMENTATIONS),
-        help=f"of {'; '.join(IMPLEMENTATIONS)}",
+        help=f"of {'; '.join(IMPLEMENTATIONS)}; all that can be measured here, if not given",
     )
     made.add_argument("--compiled-up-to", type=int, metavar="PARAMETERS",
                       help="compile no stock optimizer of more than these")  # fmt: skip

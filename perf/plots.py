@@ -8,6 +8,10 @@ from typing import Any
 
 Results = dict[str, Any]
 OPTIMIZERS = ("RMSprop", "Rprop")
+COLOURS = {
+    "for-loop": "C7", "foreach": "C1", "compiled": "C2", "tritonopt": "C3", "compile()": "C4",
+    "backend": "C0", "torch.compile(step)": "C5", "tritonopt, replayed": "C6",
+}  # fmt: skip
 
 
 def _line(records: list[dict[str, Any]], optimizer: str, name: str) -> list[dict[str, Any]]:
@@ -28,7 +32,8 @@ def _lines(axes: Any, records: list[Any], optimizer: str, x: Any, y: Any) -> Non
     for name in _names(records):
         line = _line(records, optimizer, name)
         if line:  # an empty one could not be drawn to scale
-            axes.plot([x(r) for r in line], [y(r) for r in line], marker=".", label=name)
+            xs, ys = [x(r) for r in line], [y(r) for r in line]
+            axes.plot(xs, ys, marker=".", label=name, color=COLOURS.get(name))
     scale = {"xscale": "log", "yscale": "log"} if axes.lines else {}
     axes.set(title=optimizer, **scale)
     axes.grid(alpha=0.3)

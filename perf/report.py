@@ -10,6 +10,7 @@ README says something else.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import re
 import sys
@@ -53,6 +54,9 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args(arguments).check
+    if not check and importlib.util.find_spec("matplotlib") is None:
+        print('perf.report draws with matplotlib: pip install -e ".[perf]"')
+        return 2
     file, folder = root / "README.md", root / "perf" / "results"
     text = file.read_text()
     made = readme(text, folder)

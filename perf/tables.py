@@ -44,9 +44,9 @@ def _is_measured(record: dict[str, Any]) -> bool:
     return "missing" not in record
 
 
-def steps(results: Results, clock: str = "wall_us") -> str:
+def steps(results: Results, clock: str = "wall_us", part: str = "steps") -> str:
     """Times in ms: medians, ours with their spread; how much faster, and how near to the floor."""
-    records = [r for r in results["steps"] if "job" not in r]
+    records = [r for r in results[part] if "job" not in r]
     tables = []
     for optimizer in dict.fromkeys(r["optimizer"] for r in records):
         some = [r for r in records if r["optimizer"] == optimizer]
@@ -68,7 +68,7 @@ def steps(results: Results, clock: str = "wall_us") -> str:
             floors = [_floor(by_name.get(name)) for name in ours]
             rows.append([workload, *cells, faster, *floors])
         tables.append(grid(head, rows, []))
-    return "\n\n".join(filter(None, [*tables, _reasons(results["steps"])]))
+    return "\n\n".join(filter(None, [*tables, _reasons(results[part])]))
 
 
 def _floor(record: dict[str, Any] | None) -> str:
@@ -93,29 +93,32 @@ def _reasons(records: list[dict[str, Any]]) -> str:
     for why, what in found.items():
         names = list(dict.fromkeys(what))
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        texts.append(f"{', '.join(names[:3])}{more}: {why}")
-    return f"Not measured: {'; '.join(texts)}." if texts else ""
+        texts.append(f"Not measured: {'; '.join(names[:3])}{more}: {why}.")
+    return "\n".join(texts)
 
 
 def memory(results: Results) -> str:
-    """Bytes per element: state, what else is kept, and the peak of a step."""
+    """Bytes per element of state, and of what a step needs; KiB of what else is kept."""
     records = list(filter(_is_measured, results["memory"]))
     names = _names(records)
     rows: dict[tuple[str, str], list[str]] = {}
     for record in records:
-        sizes = (record[f"{kind}_bytes"] / record["elements"] for kind in ("state", "kept", "peak"))
+        state, peak = (record[f"{kind}_bytes"] / record["elements"] for kind in ("state", "peak"))
         row = rows.setdefault((record["optimizer"], record["workload"]), ["-"] * len(names))
-        row[names.index(record["implementation"])] = " + ".join(f"{size:.1f}" for size in sizes)
+        cell = f"{state:.1f} + {peak:.1f}, {record['kept_bytes'] / 1024:,.0f} KiB"
+        row[names.index(record["implementation"])] = cell
     body = [[*key, *row] for key, row in rows.items()]
     return grid(["optimizer", "workload", *names], body, results["memory"], text=2)
 
 
 def host(results: Results) -> str:
     rows = [
-        [r["optimizer"], f"{r['us_per_parameter']:.2f}", f"{r['us_per_step']:.0f}"]
+        [r["optimizer"], f"{r['us_of_1']:.0f}", f"{r['us_of_1000']:.0f}",
+         f"{r['us_per_further_parameter']:.2f}"]
         for r in filter(_is_measured, results["host"])
-    ]
-    return grid(["", "us per parameter", "us per step besides"], rows, results["host"])
+    ]  # fmt: skip
+    head = ["", "us, 1 parameter", "us, 1000 parameters", "us per further parameter"]
+    return grid(head, rows, results["host"])
 
 
 def compile_time(results: Results) -> str:
@@ -163,6 +166,8 @@ TABLES: dict[str, Callable[[Results], str]] = {
     "steps": steps,
     "device_steps": lambda results: steps(results, "device_us"),
     "host_steps": lambda results: steps(results, "host_us"),
+    "curve": lambda results: steps(results, part="curve"),
+    "counts": lambda results: steps(results, part="counts"),
     "memory": memory,
     "host": host,
     "compile": compile_time,
@@ -173,7 +178,9 @@ TITLES = {
     "steps": "Milliseconds until the device has done a step",
     "device_steps": "Milliseconds of the kernels alone",
     "host_steps": "Milliseconds until `step()` returns",
-    "memory": "Bytes per element: of state, of what else is kept, and what a step needs besides",
+    "curve": "Milliseconds of a step over one parameter",
+    "counts": "Milliseconds of a step over parameters of 64 elements",
+    "memory": "Bytes per element: of state, and of what a step needs; and what else is kept",
     "host": "What the host does, the launch left out",
     "compile": "Seconds to the first step, and graphs in 50 steps",
     "variants": "The loss after 100 epochs",

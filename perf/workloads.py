@@ -112,7 +112,6 @@ def pinn() -> list[Shape]:
 WORKLOADS: dict[str, list[Shape]] = {
     "1 x 64M": [(2**26,)],
     "1000 x 64": [(64,)] * 1000,
-    "10000 x 16": [(16,)] * 10_000,
     "ResNet-50": resnet50(),
     "EfficientNet-B0": efficientnet_b0(),
     "MobileNetV3-Large": mobilenet_v3_large(),
@@ -121,6 +120,7 @@ WORKLOADS: dict[str, list[Shape]] = {
     "IMPALA": impala(),
     "DQN": dqn(),
     "PINN": pinn(),
+    "10000 x 16": [(16,)] * 10_000,
 }
 QUICK = ("DQN", "PINN", "1000 x 64")
 SIZES = [2**power for power in range(10, 29)]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import INFO, OURS, TORCH, assert_follows, follow, give_gradients, parameters, twins
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -544,3 +545,36 @@ def test_no_warnings(name):
         ours.load_state_dict(ours.state_dict())
         one_step(ours, params)
         copy.deepcopy(ours)
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+def test_parameters_without_memory(name, kind):
+    """Their steps compute shapes, as torch's do."""
+    mode = torch.device("meta") if kind == "meta" else FakeTensorMode()
+    for cls in (OURS[name], TORCH[name]):
+        with mode:
+            (param,) = parameters([(3, 5)], device=kind if kind == "meta" else "cpu")
+            optimizer = cls([param])
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        assert optimizer.state[param].keys() >= {"step"}
+
+
+class Plain(torch.Tensor):
+    pass
+
+
+def test_state_has_the_type_of_a_subclass(name):
+    types = []
+    for cls in (OURS[name], TORCH[name]):
+        param = torch.randn(3).as_subclass(Plain).requires_grad_()
+        optimizer = cls([param])
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        types.append({key: type(value) for key, value in optimizer.state[param].items()})
+    assert types[0] == types[1]
+
+
+def test_the_layout_of_a_sparse_parameter_is_the_reason(name):
+    param = torch.nn.Parameter(torch.eye(3).to_sparse())
+    assert "left to torch: is sparse_coo" in OURS[name]([param]).describe()

@@ -3,6 +3,7 @@
 No test looks at how long anything took.
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -223,6 +224,33 @@ def test_without_a_gpu():
     assert done.returncode == 2 and "needs a GPU" in done.stdout
 
 
+def test_results_of_another_run_are_not_lost(tmp_path, capsys):
+    file = tmp_path / "cpu.json"
+    file.write_text(json.dumps({"machine": {}, "quick": True, "host": [], "memory": []}))
+    before = file.read_text()
+    given = plan.parser(None, False).parse_args(["--only", "host", "--out", str(tmp_path)])
+    assert plan.main(CPU, False, given) == 2
+    assert "has memory, too, of another run" in capsys.readouterr().out
+    assert file.read_text() == before
+
+
+@pytest.mark.parametrize("names", [["bitsandbytes"], ["compile()", "foreach, replayed"]], ids=str)
+def test_what_is_asked_for_is_measured_or_said_to_be_missing(names):
+    arguments = ["--quick", "--only", "steps", "--implementations", *names]
+    (part,) = plan.plan(CPU, False, plan.parser(None, False).parse_args(arguments), 1e9).values()
+    job = part.jobs["RMSprop, PINN"]
+    assert job.args[2] == names and job.keywords["up_to"]["compiled"]
+
+
+def test_a_report_without_matplotlib(monkeypatch, tmp_path, capsys):
+    shutil.copytree(ROOT / "perf" / "results", tmp_path / "perf" / "results")
+    (tmp_path / "README.md").write_text("<!-- perf:cpu host -->\n<!-- /perf -->")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert report.main([], tmp_path) == 2
+    assert "matplotlib" in capsys.readouterr().out
+    assert "| Rprop |" not in (tmp_path / "README.md").read_text()
+
+
 def options(gpu, *arguments):
     return plan.parser(None, gpu).parse_args([*arguments, "--implementations", *EAGER])
 
@@ -288,7 +316,8 @@ def test_benchmarks(tmp_path):
     pytest.importorskip("pytest_benchmark")
     file = tmp_path / "benchmarks.json"
     chosen = "PINN and Rprop and (loop or foreach or replayed)"
-    done = module("pytest", "perf", "--quick", "-k", chosen, f"--benchmark-json={file}")
+    options = ("--quick", "--device", "cpu", "-k", chosen, f"--benchmark-json={file}")
+    done = module("pytest", "perf", *options)
     assert done.returncode == 0 and "2 passed, 2 skipped" in done.stdout, done.stdout
     for found in json.loads(file.read_text())["benchmarks"]:
         measured = found["extra_info"]["wall_us"]["median"] * 1e-6

@@ -14,10 +14,17 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on"
 @cache
 def path(device: torch.device) -> tuple[str | None, str]:
     """Which path updates tensors of a device ("kernel", "eager", None); its name, or why none."""
-    if device.type == "cpu":
-        return ("kernel", "triton, interpreted") if INTERPRET else ("eager", "eager")
+    if device.type == "cpu" and not INTERPRET:
+        return "eager", "eager"
     from torch._dynamo.device_interface import get_interface_for_device
     from torch.utils._triton import has_triton_package
+
+    if INTERPRET:
+        if not has_triton_package():
+            raise ImportError("TRITON_INTERPRET asks for triton's interpreter: pip install triton")
+        if device.type == "cpu":
+            return "kernel", "triton, interpreted"
+        return None, "triton's interpreter reads the CPU's memory only"
 
     try:
         if not has_triton_package():
@@ -31,5 +38,6 @@ def path(device: torch.device) -> tuple[str | None, str]:
 
 def is_capturing(device: torch.device) -> bool:
     """Whether the device's current stream records a graph."""
-    query = getattr(torch.get_device_module(device), "is_current_stream_capturing", None)
+    module = getattr(torch, device.type, None)
+    query = getattr(module, "is_current_stream_capturing", None)
     return bool(query and query())

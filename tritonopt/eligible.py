@@ -40,8 +40,10 @@ def belongs(grad: Tensor, param: Tensor) -> bool:
 def why_not_native(param: Tensor) -> str | None:
     """Why a parameter is left to torch whatever its state and gradient are; None if it is not."""
     param = local(param)
+    if param.layout is not torch.strided:
+        return f"is {param.layout}".replace("torch.", "")
     if not is_plain(param):
-        return f"is a {type(param).__name__}" if type(param) is not Tensor else f"is {param.layout}"
+        return f"is a {type(param).__name__}"
     if param.dtype not in (*HALF_OR_SINGLE, torch.float64):
         return f"is {param.dtype}".replace("torch.", "")
     if not slab.is_dense(param):

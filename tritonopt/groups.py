@@ -228,7 +228,8 @@ def _may_be_ours(value: Any) -> bool:
     """Whether state may have been made here, as far as can be told."""
     if not isinstance(value, Tensor):
         return False
-    return is_sharded(value) or value.numel() == 0 or slab.find(value) is not None
+    in_slab = value.numel() == 0 or slab.find(value) is not None
+    return in_slab or is_sharded(value) or type(value) is not Tensor
 
 
 def has_fused_amp(optimizer: torch.optim.Optimizer) -> bool:

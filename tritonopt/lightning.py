@@ -11,7 +11,10 @@ from tritonopt.convert import OURS, from_torch
 try:
     from lightning.pytorch.callbacks import Callback
 except ModuleNotFoundError:
-    from pytorch_lightning.callbacks import Callback  # type: ignore[assignment, no-redef]
+    try:
+        from pytorch_lightning.callbacks import Callback  # type: ignore[assignment, no-redef]
+    except ModuleNotFoundError:
+        raise ImportError("tritonopt.lightning needs Lightning: pip install lightning") from None
 
 
 class FusedOptimizers(Callback):

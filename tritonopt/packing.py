@@ -43,12 +43,12 @@ def make_state(
 ) -> None:
     """State of each parameter's shape that begins with `starts`, and a count of steps."""
     scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    for param in filter(is_sharded, params):
+    for param in filter(_is_special, params):
         home = param.device if on_device else torch.device("cpu")
         state[param] = {"step": torch.zeros((), dtype=scalar, device=home)}
-        for key, start in starts.items():  # as its parameter: sharded checkpoints need that
+        for key, start in starts.items():  # of its parameter's type: sharded checkpoints need that
             state[param][key] = torch.full_like(param, start)
-    for batch in by_slab([p for p in params if not is_sharded(p)]):
+    for batch in by_slab([p for p in params if not _is_special(p)]):
         device, dtype = batch[0].device, batch[0].dtype
         home = device if on_device else torch.device("cpu")
         steps, _ = slab.allocate([_SCALAR] * len(batch), scalar, home, alignment=1)
@@ -58,6 +58,10 @@ def make_state(
             memory.memory.fill_(start)
         for number, param in enumerate(batch):
             state[param] = {key: column[number] for key, column in columns.items()}
+
+
+def _is_special(param: Tensor) -> bool:
+    return is_sharded(param) or type(param) not in (Tensor, torch.nn.Parameter)
 
 
 @torch.no_grad()

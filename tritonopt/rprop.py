@@ -14,6 +14,7 @@ from tritonopt import eager, slab
 from tritonopt.bucket import Rule
 from tritonopt.device import is_capturing
 from tritonopt.eager import VARIANTS
+from tritonopt.eligible import is_plain
 from tritonopt.groups import PATHS
 from tritonopt.layout import Layout
 from tritonopt.optimizer import SlabOptimizer
@@ -220,6 +221,7 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
                 for param, entry in zip(layout.params, layout.states, strict=True)
                 if entry
                 and "step_size" in entry
+                and is_plain(local(entry["step_size"]))
                 and not param.is_complex()
                 and local(param).numel()
                 and _is_unused(entry)
