@@ -23,8 +23,11 @@ from tritonopt.kernels.rprop import rprop_kernel
 from tritonopt.kernels.tables import Tables
 
 BLOCK, THREADS = 1024, 128
-"""8 elements a thread: one 128-bit access per tensor in half precision, two in fp32. 48 to 88
-registers in fp32 on sm_90 and 151 at most in fp64: none spills."""
+"""8 elements a thread: one 128-bit access per tensor in half precision, two in fp32."""
+
+REGISTERS = 168
+"""A thread's at most: three blocks of 128 threads share a multiprocessor's 65536. In fp32 the
+kernels take about half of that, in fp64 all of it; none spills."""
 
 NORM_BLOCK = 4096
 """Elements of which one program adds up the squares: 32 a thread."""
@@ -104,7 +107,7 @@ class SquareSum:
                 square_sum_kernel[(len(programs),)](
                     self.tables.find(_pointers(grads)), programs, sums,
                     _TYPES[self.dtype], _TYPES[dtype], NORM_BLOCK,
-                    **_compiled(self.device),
+                    **_options(self.device, THREADS),
                 )  # fmt: skip
                 if not is_capturing(self.device):
                     self.tables.reserve()
@@ -182,23 +185,24 @@ def _types(launch: Launch, grad_dtype: torch.dtype) -> dict[str, Any]:
         "STATE": _TYPES[state],
         "COMPUTE": tl.float64 if param == torch.float64 else tl.float32,
         "BLOCK": BLOCK,
-        **_compiled(launch.device),
+        **_options(launch.device, THREADS),
     }
 
 
-def _compiled(device: torch.device) -> dict[str, Any]:
-    return {} if INTERPRETED else options(_warp_size(device))
-
-
-def options(warp_size: int) -> dict[str, Any]:
-    """How the kernels are compiled. Multiply-adds are fused only where a rule says so."""
-    return {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
-
-
 @cache
-def _warp_size(device: torch.device) -> int:
+def _options(device: torch.device, threads: int) -> dict[str, Any]:
+    if INTERPRETED:
+        return {}
     with _on(device):
-        return triton.runtime.driver.active.get_current_target().warp_size
+        return options(triton.runtime.driver.active.get_current_target(), threads)
+
+
+def options(target: Any, threads: int) -> dict[str, Any]:
+    """How the kernels are compiled. Multiply-adds are fused only where a rule says so."""
+    found = {"num_warps": threads // target.warp_size, "enable_fp_fusion": False}
+    if target.backend == "cuda":  # else ptxas spills 8 bytes, here and there, for one block more
+        found["maxnreg"] = min(REGISTERS, 2**16 // threads)
+    return found
 
 
 def _fp64(value: float) -> Any:

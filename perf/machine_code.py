@@ -135,7 +135,7 @@ def compile_kernel(kernel: Kernel, dtype: str, target: GPUTarget) -> Any:
     }
     aligned: Any = {(index,): [["tt.divisibility", 16]] for index in range(2)}
     source = ASTSource(kernel.function, signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=target, options=options(target.warp_size))
+    return triton.compile(source, target=target, options=options(target, THREADS))
 
 
 def machine_code(kernel: Kernel, dtype: str, target: str) -> MachineCode:

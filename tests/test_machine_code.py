@@ -13,6 +13,8 @@ if INTERPRET:
 
 from machine_code import DTYPES, KERNELS, TARGETS, machine_code
 
+from tritonopt.kernels import launch
+
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -20,7 +22,7 @@ from machine_code import DTYPES, KERNELS, TARGETS, machine_code
 def test_kernel(name, dtype, target):
     code = machine_code(KERNELS[name], dtype, target)
     assert code.problems(dtype, KERNELS[name]) == []
-    assert code.registers <= 168  # three blocks of four warps on a multiprocessor of 65536
+    assert code.registers <= launch.REGISTERS
 
 
 LAUNCH = """
