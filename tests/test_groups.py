@@ -179,3 +179,19 @@ def test_options_turned_on_after_a_step_raise_as_in_torch(options):
         optimizer.param_groups[0].update(options)
         with pytest.raises(KeyError):
             optimizer.step()
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_step_sizes_that_are_given_stay(before):
+    """A training that begins, or begins again, with other step sizes than lr."""
+    params = parameters(FEW_SHAPES)
+    ours, theirs, copies = twins("Rprop", params, lr=0.1)
+    follow(ours, theirs, params, copies, before)
+    for optimizer in (ours, theirs):
+        for param in optimizer.param_groups[0]["params"]:
+            optimizer.state[param] = {
+                "step": torch.tensor(0.0),
+                "prev": torch.zeros_like(param),
+                "step_size": torch.full_like(param, 0.03),
+            }
+    follow(ours, theirs, params, copies, 3)

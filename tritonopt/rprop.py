@@ -67,9 +67,9 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
     State of each parameter, each of its shape and dtype but ``step`` (a float32 scalar): ``step``,
     ``prev`` (the last gradient, 0 after a change of sign), ``step_size``. It exists from
     construction on, but of parameters that are left to torch from their first step on. A
-    ``step_size`` that nothing has used yet (``step`` is 0, ``prev`` is 0, all elements equal)
-    starts from the ``lr`` in force at the first step, as in torch, where a warm-up may have changed
-    it.
+    ``step_size`` that was made with some ``lr`` and that nothing has used yet (``step`` is 0,
+    ``prev`` is 0) starts from the ``lr`` in force at the first step, as in torch, where a warm-up
+    may have changed it. Other step sizes that are given stay as they are.
 
     Raises:
         ValueError: ``lr`` is negative or has several elements, the factors are not
@@ -215,6 +215,9 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
 
     def _look(self, index: int) -> Layout:
         layout = super()._look(index)
+        group = self.param_groups[index]
+        starts = [group["lr"], group.get("initial_lr"), self.defaults["lr"]]
+        starts = [float(lr) for lr in starts if lr is not None]
         layout.first = _First(  # type: ignore[attr-defined]
             [
                 (param, float(local(entry["step_size"]).flatten()[0]))
@@ -225,6 +228,7 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
                 and not param.is_complex()
                 and local(param).numel()
                 and _is_unused(entry)
+                and _may_be_made(local(entry["step_size"]), starts)
             ]
         )
         return layout
@@ -322,6 +326,13 @@ def _is_unused(entry: dict[str, Any]) -> bool:
         return True
     low, high = torch.aminmax(step_size)
     return bool(low == high) and not bool(prev.any())
+
+
+def _may_be_made(step_size: Tensor, starts: list[float]) -> bool:
+    """Whether step sizes were made here, as far as can be told: copies do not lie in a slab."""
+    value = float(step_size.flatten()[0])
+    made = slab.find(step_size) is not None
+    return made or value in [_rounded(lr, step_size.dtype) for lr in starts]
 
 
 @lru_cache(256)
