@@ -148,8 +148,11 @@ def why_not_moved(tensor: Tensor) -> str | None:
         return "is a view of a larger storage"
     if find(tensor) is None and not tensor.untyped_storage().resizable():
         return "lies in memory of another owner"  # a NumPy array, a mapped file
-    if _holders(tensor) != _sole_holders(tensor.requires_grad):
+    holders, sole = _holders(tensor), _sole_holders(tensor.requires_grad)
+    if holders[1:] != sole[1:]:
         return "shares its storage with another tensor"
+    if holders != sole:
+        return "is held by DDP, or by an importer of DLPack"  # which know it alike
     return None
 
 
