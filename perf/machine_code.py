@@ -109,7 +109,8 @@ class MachineCode(NamedTuple):
     def problems(self, dtype: str, kernel: Kernel) -> list[str]:
         """Spills, and accesses of tensors by less than 128 bits."""
         vectors = -(-kernel.block * BITS[dtype] // (128 * THREADS))  # per thread and tensor
-        scalars = sum(name not in kernel.constants for name in OPTIONAL)  # one value each
+        names = set(kernel.function.arg_names) - kernel.constants.keys()
+        scalars = len(names & OPTIONAL.keys())  # one value each
         found = [f"spills {self.stack} bytes"] if self.stack else []
         if self.loads[128] != vectors * kernel.reads or self.loads.total() > (
             self.loads[128] + scalars

@@ -7,6 +7,8 @@ import torch
 from cases import FEW_SHAPES, OURS, TORCH, follow, give_gradients, is_packed, parameters, twins
 from torch import nn
 
+from tritonopt import slab
+
 
 def test_add_param_group(name, device):
     params = parameters(FEW_SHAPES, device=device)
@@ -134,6 +136,40 @@ def test_changed_state(name, change):
     for optimizer in (ours, theirs):
         change(optimizer)
     follow(ours, theirs, params, copies, 4)
+
+
+def test_a_count_that_is_no_tensor_raises_as_in_torch(name):
+    params = parameters(FEW_SHAPES)
+    ours, theirs, copies = twins(name, params)
+    follow(ours, theirs, params, copies, 1)
+    before = [p.detach().clone() for p in params]
+    for optimizer, some in ((ours, params), (theirs, copies)):
+        for param in some:
+            optimizer.state[param]["step"] = 3.0
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="list of singleton tensors"):
+                optimizer.step()
+    assert all(map(torch.equal, params, before))
+
+
+def test_packing_that_fails_leaves_nothing_out(name, monkeypatch):
+    """Out of memory where loaded state is packed: the next step updates every parameter."""
+    params = parameters(FEW_SHAPES)
+    ours, theirs, copies = twins(name, params)
+    for optimizer in (ours, theirs):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    follow(ours, theirs, params, copies, 1)
+    for optimizer in (ours, theirs):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    follow(ours, theirs, params, copies, 1)
+    give_gradients(params, copies)
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(slab, "allocate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ours.step()
+    ours.step()
+    theirs.step()
+    follow(ours, theirs, params, copies, 3)
 
 
 def test_other_entries_of_state_survive(name):

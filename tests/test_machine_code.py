@@ -25,6 +25,16 @@ def test_kernel(name, dtype, target):
     assert code.registers <= launch.REGISTERS
 
 
+def test_a_narrow_access_is_a_problem():
+    kernel = KERNELS["rmsprop"]
+    code = machine_code(kernel, "fp32", "sm_90")
+    for counts in (code.loads, code.stores):
+        counts[32] += 1
+        assert len(code.problems("fp32", kernel)) == 1
+        counts[32] -= 1
+    assert code._replace(stack=8).problems("fp32", kernel) == ["spills 8 bytes"]
+
+
 LAUNCH = """
 import torch, triton, types
 from triton.backends.compiler import GPUTarget

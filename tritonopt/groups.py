@@ -218,6 +218,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             keys = ()
         if not packing.any_outside(movable, self.state, native, keys):
             return False
+        layout.provisional = True  # whatever is raised here: it has no buckets any more
         layout.buckets.clear()  # which know other tensors of the same memory
         packing.pack(movable)
         packing.pack_state(self.state, native, keys)

@@ -58,6 +58,10 @@ class Layout:
                 why = "overlaps another parameter, or its state does"
             if why is None:
                 assert entry is not None
+                if not isinstance(entry["step"], Tensor):
+                    why = "has a count of steps that is no tensor"  # torch raises
+            if why is None:
+                assert entry is not None
                 tensors = [entry[key] for key in rule.keys]
                 why = why_not_together(param, param.grad, tensors)
             if why is not None:

@@ -119,7 +119,7 @@ def any_outside(
 
 def _lies_outside(tensor: Tensor, param: Tensor, key: str) -> bool:
     """Whether a state tensor does not lie in a slab in its parameter's layout."""
-    if not is_plain(tensor) or tensor.numel() == 0:
+    if not isinstance(tensor, Tensor) or not is_plain(tensor) or tensor.numel() == 0:
         return False
     if slab.find(tensor) is not None and (key == "step" or same_layout(tensor, param)):
         return False

@@ -330,9 +330,10 @@ def _is_unused(entry: dict[str, Any]) -> bool:
 
 def _may_be_made(step_size: Tensor, starts: list[float]) -> bool:
     """Whether step sizes were made here, as far as can be told: copies do not lie in a slab."""
+    if slab.find(step_size) is not None:
+        return True
     value = float(step_size.flatten()[0])
-    made = slab.find(step_size) is not None
-    return made or value in [_rounded(lr, step_size.dtype) for lr in starts]
+    return value in [_rounded(lr, step_size.dtype) for lr in starts]
 
 
 @lru_cache(256)
