@@ -33,11 +33,11 @@ def host_time(name: str, count: int, device: torch.device) -> float:
         for bucket in layout.buckets:
             bucket.update.rule = lambda *args, **kwargs: None
     times = []
-    for _ in range(60):
+    for _ in range(500):
         start = time.perf_counter()
         optimizer.step()
         times.append(time.perf_counter() - start)
-    return median(times[10:]) * 1e6
+    return median(times[100:]) * 1e6
 
 
 def host(name: str, device: torch.device) -> dict[str, float]:

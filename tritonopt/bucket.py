@@ -48,9 +48,10 @@ class Bucket:
         self.dtype = params[0].dtype
         self.keys = ("step", *rule.keys)
         self.columns = {key: self._local([s[key] for s in states]) for key in self.keys}
-        self._counts = [s["step"] for s in states]
+        self._found = [[s[key] for s in states] for key in self.keys]
+        self._tensors = (*self.owners, *chain(*self._found[1:]))
         self._steps_at = addresses(self.columns["step"])  # without dimensions: no more to look at
-        self._place = Place([*params, *chain(*(self.columns[key] for key in rule.keys))])
+        self._place = Place(self._local(self._tensors))
         grads = (p.grad for p in self.owners)
         self.grad_dtype = next((g.dtype for g in grads if g is not None), self.dtype)
         self._expected: Guards | None = None  # of gradients that need no look, one by one
@@ -68,21 +69,27 @@ class Bucket:
 
             self.update = launch.Launch(getattr(launch, rule.name), params, columns)
 
-    def _local(self, tensors: list[Any]) -> list[Any]:
+    def _local(self, tensors: Sequence[Any]) -> Any:
         return list(map(local, tensors)) if self.sharded else tensors
 
-    def holds(self) -> bool:
-        """Whether every parameter and state tensor still lies where it lay, and as it lay."""
+    def holds(self, same: bool) -> bool:
+        """Whether every parameter and state tensor still lies where it lay, and as it lay.
+
+        `same`: the state is known to hold the same tensors.
+        """
+        if not same and not self._holds_same():
+            return False
+        tensors = self._local(self._tensors)  # a DTensor may have got another part
+        return addresses(self.columns["step"]) == self._steps_at and self._place.holds(tensors)
+
+    def _holds_same(self) -> bool:
         try:
-            steps, *columns = (list(map(itemgetter(key), self.states)) for key in self.keys)
+            for key, known in zip(self.keys, self._found, strict=True):
+                if not all(map(is_, map(itemgetter(key), self.states), known)):
+                    return False
         except KeyError:
             return False
-        if not all(map(is_, steps, self._counts)):
-            return False
-        tensors = list(chain(self.owners, *columns))
-        if self.sharded:  # a DTensor may have got another part
-            tensors = self._local(tensors)
-        return addresses(self.columns["step"]) == self._steps_at and self._place.holds(tensors)
+        return True
 
     def gradients(self) -> list[Tensor | None] | None:
         """The gradients as the update needs them; None if there are none."""

@@ -25,7 +25,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     _sweep: Callable[..., Sweep] = Sweep
     _layouts: dict[int, Layout]  # by position in param_groups; a cache, verified at every step
-    _entries: tuple[list[Tensor], list[Any]] | None = None  # of `state`, which layouts were made of
+    _known: tuple[list[Any], ...] | None = None  # what the layouts were made of, copied
     _options: dict[str, Any] = {}  # that torch does not have, with the values of torch's rule
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -143,7 +143,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             layout = Layout(rule, group, self.state, self._why_torch(group))
         layout.flags = self._flags(group)
         self._layouts[index] = layout
-        self._entries = None
+        self._known = None
         return layout
 
     def _check_fallback(self, index: int, layout: Layout) -> None:

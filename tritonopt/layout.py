@@ -83,15 +83,16 @@ class Layout:
     def holds(self, params: list[Tensor], state: dict[Tensor, Any] | None) -> bool:
         """Whether nothing has been moved, replaced, added or removed.
 
-        `state` None: every parameter's entry is known to be the same.
+        `state` None: it and the parameters are known to be the same objects.
         """
-        if self.provisional or len(params) != len(self.params):
+        if self.provisional:
             return False
-        if not all(map(is_, params, self.params)):
-            return False
-        if state is not None and not all(map(is_, map(state.get, params), self.states)):
-            return False
+        if state is not None:
+            if len(params) != len(self.params) or not all(map(is_, params, self.params)):
+                return False
+            if not all(map(is_, map(state.get, params), self.states)):
+                return False
         for bucket in self.buckets:
-            if not bucket.holds():
+            if not bucket.holds(state is None):
                 return False
         return True

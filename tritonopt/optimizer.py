@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial, wraps
-from operator import is_
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from tritonopt.groups import GroupedOptimizer, has_fused_amp
 from tritonopt.layout import Layout
 from tritonopt.scaling import NONE, Scaling, scaled, scaling, total_norm
 from tritonopt.shard import is_sharded
+from tritonopt.verify import same
 
 _UNTRACED = "need a step that is not traced: call optimizer.compile() and step eagerly"
 
@@ -140,10 +140,10 @@ class SlabOptimizer(GroupedOptimizer):
         for index in range(len(self.param_groups), len(self._layouts)):
             self._layouts.pop(index, None)  # of groups that were removed
         with torch.set_grad_enabled(False):  # as `no_grad`, in half the time
-            state = None if self._has_same_entries() else self.state
+            state = None if same(self._objects(), self._known) else self.state
             work = [self._examine(index, state) for index in range(len(self.param_groups))]
             if state is not None:
-                self._entries = list(state.keys()), list(state.values())
+                self._know()
             self._settle(work)
             scaling = self._scaling(work)
             if scaling is None:
@@ -156,12 +156,15 @@ class SlabOptimizer(GroupedOptimizer):
     # A scheduler wraps a step without this mark, to set `_opt_called`, in a file that dynamo skips.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
-    def _has_same_entries(self) -> bool:
-        """Whether every parameter has the dict of state that the layouts were made of."""
-        if self._entries is None or len(self.state) != len(self._entries[0]):
-            return False
-        params, entries = self._entries
-        return all(map(is_, self.state, params)) and all(map(is_, self.state.values(), entries))
+    def _objects(self) -> tuple[list[Any], ...]:
+        """What layouts are made of: parameters, their entries of state, and the groups' lists."""
+        return [*self.state], [*self.state.values()], [g["params"] for g in self.param_groups]
+
+    def _know(self) -> None:
+        """Notes which objects the layouts, which hold now, were made of."""
+        params, entries, groups = self._objects()
+        copies = [dict(entry) if isinstance(entry, dict) else entry for entry in entries]
+        self._known = params, copies, [[*group] for group in groups]
 
     def _examine(
         self, index: int, state: dict[Tensor, Any] | None

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
+from torch.overrides import TorchFunctionMode
 
 
 class Guards:
@@ -35,6 +36,28 @@ class Guards:
         if self.of_all:
             return self._check(*tensors)
         return _given(tensors) == self._given and self._check(*compress(tensors, self._given))
+
+
+class _Differ(TorchFunctionMode):
+    """Tensors that are asked whether they are equal say no."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> bool:
+        return False
+
+
+def same(found: Any, known: Any) -> bool:
+    """Whether lists and dicts, nested or not, hold the very same tensors, at 2 to 8 ns each.
+
+    They take what is identical for equal and ask only the rest. `is` over the tensors, fetched one
+    by one, costs ten times that. It may say no wrongly, never yes.
+    """
+    if torch._C._is_torch_function_all_disabled():
+        return False
+    try:
+        with _Differ():
+            return bool(found == known)
+    except Exception:  # whatever else lies in a state may raise anything: an array does
+        return False
 
 
 class Place:
