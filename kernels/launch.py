@@ -53,9 +53,8 @@ class Launch:
         self.rule = rule
         self.device = params[0].device
         self.numels = [p.numel() for p in params]
-        self.addresses = [_addresses(params)]
-        self.addresses += [[0] * len(params) if c is None else _addresses(c) for c in columns]
-        self.tables = Tables(self.numels, len(self.addresses) + 1, self.device, BLOCK)
+        states = [[0] * len(params) if c is None else _addresses(c) for c in columns]
+        self.tables = Tables(self.numels, [_addresses(params)], states, self.device, BLOCK)
         self.programs = self.tables.programs
         self.dtypes = (params[0].dtype, next(c[0].dtype for c in columns if c is not None))
         self.unused = tuple(column is None for column in columns)
@@ -78,11 +77,7 @@ class Launch:
         if grad_dtype is None or not len(self.programs):
             return
         with _on(self.device):
-            self.rule(self, self._table(_pointers(grads)), grad_dtype, **hyper)
-
-    def _table(self, grads: tuple[int, ...]) -> Tensor:
-        param, *states = self.addresses
-        return self.tables.find(grads, (param,), states)
+            self.rule(self, self.tables.find(_pointers(grads)), grad_dtype, **hyper)
 
     def reserve(self) -> None:
         """What a graph capture of later steps will need, and could not allocate itself."""
@@ -95,7 +90,7 @@ class SquareSum:
     def __init__(self, numels: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
         self.device = device
-        self.tables = Tables(numels, 1, device, NORM_BLOCK)
+        self.tables = Tables(numels, [], [], device, NORM_BLOCK)
 
     def __call__(self, grads: Sequence[Tensor | None]) -> Tensor:
         """In fp32; in fp64 for fp64. The same gradients give the same bits."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -20,32 +19,40 @@ _captured: list[tuple[Tensor, ...]] = []  # what captured graphs read; never wri
 
 
 class Tables:
-    """One for each set of addresses that gradients have lately had."""
+    """One for each set of addresses that gradients have lately had.
+
+    A row is a tensor: numel, the addresses `before`, its gradient's, and the addresses `after`.
+    """
 
     def __init__(
-        self, numels: Sequence[int], columns: int, device: torch.device, block: int
+        self,
+        numels: Sequence[int],
+        before: Sequence[Sequence[int]],
+        after: Sequence[Sequence[int]],
+        device: torch.device,
+        block: int,
     ) -> None:
-        self.numels = numels
         self.device = device
         self.programs = _programs(numels, block, device)
-        self.size = len(numels) * (columns + 1)
+        columns = [numels, *before, [0] * len(numels), *after]
+        self._rows = torch.tensor(columns, dtype=torch.int64, device="cpu").t().contiguous()
+        self._grad = 1 + len(before)
         self._recent: OrderedDict[Any, tuple[Tensor, Tensor]] = OrderedDict()
         self._last: Any = None  # looked for: to compare costs a tenth of hashing
         self._spare: list[tuple[Tensor, Tensor]] = []
 
-    def find(self, grads: tuple[int, ...], before: Any = (), after: Any = ()) -> Tensor:
-        """A table of which each row is numel and addresses; only those of gradients may change."""
+    def find(self, grads: tuple[int, ...]) -> Tensor:
+        """The table of gradients at these addresses."""
         capturing = is_capturing(self.device)
         key = _stream(self.device), grads
         if not capturing:
             if self._last is not None and self._last[0] == key:
                 return self._last[1]
-            if key in self._recent:
+            found = self._recent.get(key)
+            if found is not None:
                 self._recent.move_to_end(key)
-                self._last = key, self._recent[key][1]
-                return self._recent[key][1]
-        columns = zip(self.numels, *before, grads, *after, strict=True)
-        rows = array("q", chain.from_iterable(columns))
+                self._last = key, found[1]
+                return found[1]
         if capturing:
             if not self._spare:
                 raise RuntimeError(
@@ -55,20 +62,21 @@ class Tables:
             host, table = self._spare.pop()
             _captured.append((host, table, self.programs))
         else:
-            host, table = _buffers(len(rows), self.device)
+            host, table = _buffers(self._rows.shape, self.device)
             if self.device.type != "cpu":  # it may have been made while another stream was current
                 self.programs.record_stream(torch.accelerator.current_stream(self.device))
             self._recent[key] = (host, table)
             self._last = key, table
             if len(self._recent) > RECENT_TABLES:
                 self._recent.popitem(last=False)
-        host.copy_(torch.frombuffer(rows, dtype=torch.int64))
+        host.copy_(self._rows)
+        host[:, self._grad] = torch.frombuffer(array("q", grads), dtype=torch.int64)
         return table if table is host else table.copy_(host, non_blocking=True)
 
     def reserve(self, count: int = 2) -> None:
         """Memory for tables that a graph capture may ask for: none can be pinned during one."""
         while len(self._spare) < count:
-            self._spare.append(_buffers(self.size, self.device))
+            self._spare.append(_buffers(self._rows.shape, self.device))
 
 
 def _programs(numels: Sequence[int], size: int, device: torch.device) -> Tensor:
@@ -80,13 +88,13 @@ def _programs(numels: Sequence[int], size: int, device: torch.device) -> Tensor:
     return (tensor << 32 | block).to(device)
 
 
-def _buffers(size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _buffers(shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
     """Host memory and its copy on the device. Neither is written again: a copy may be under way."""
     if device.type == "cpu":
-        host = torch.empty(size, dtype=torch.int64, device="cpu")
+        host = torch.empty(shape, dtype=torch.int64, device="cpu")
         return host, host
-    host = torch.empty(size, dtype=torch.int64, device="cpu", pin_memory=True)
-    return host, torch.empty(size, dtype=torch.int64, device=device)
+    host = torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=True)
+    return host, torch.empty(shape, dtype=torch.int64, device=device)
 
 
 def _stream(device: torch.device) -> int:

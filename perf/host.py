@@ -4,7 +4,8 @@
 
 Without a GPU, triton's interpreter sends CPU tensors down the kernel path. The launch itself is
 replaced by nothing: what remains is the gathering and comparing of addresses, the table's look-up,
-the step counters and the version counters.
+the step counters and the version counters. With a backward before every step, the gradients are new
+tensors at other addresses, and the processor's caches have held other things since the last step.
 """
 
 from __future__ import annotations
@@ -26,24 +27,36 @@ from perf.implementations import IMPLEMENTATIONS, Workload
 COUNTS = (1, 1000)
 
 
-def host_time(name: str, count: int, device: torch.device) -> float:
-    """Microseconds of a step over `count` parameters of 64 elements."""
+def host_time(name: str, count: int, device: torch.device, every: bool = False) -> float:
+    """Microseconds of a step over `count` parameters of 64 elements.
+
+    A backward comes before the first step, or before `every` one; the loss is kept, as in training.
+    """
     optimizer = Workload(name, [(64,)] * count, device).build(IMPLEMENTATIONS["tritonopt"])
     for layout in optimizer._layouts.values():
         for bucket in layout.buckets:
             bucket.update.rule = lambda *args, **kwargs: None
     times = []
-    for _ in range(500):
+    for number in range(100 if every else 1000):
+        if every or number == 0:
+            optimizer.zero_grad()
+            params = optimizer.param_groups[0]["params"]
+            loss = torch.stack([(p * p).sum() for p in params]).sum()
+            loss.backward()
         start = time.perf_counter()
         optimizer.step()
         times.append(time.perf_counter() - start)
-    return median(times[100:]) * 1e6
+    return median(times[len(times) // 5 :]) * 1e6
 
 
 def host(name: str, device: torch.device) -> dict[str, float]:
     one, many = (host_time(name, count, device) for count in COUNTS)
-    each = (many - one) / (COUNTS[1] - COUNTS[0])
-    return {"us_of_1": one, "us_of_1000": many, "us_per_further_parameter": each}
+    return {
+        "us_of_1": one,
+        "us_of_1000": many,
+        "us_per_further_parameter": (many - one) / (COUNTS[1] - COUNTS[0]),
+        "us_of_1000_after_backward": host_time(name, COUNTS[1], device, every=True),
+    }
 
 
 def records(name: str, device: torch.device) -> Iterator[dict[str, Any]]:

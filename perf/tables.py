@@ -114,10 +114,11 @@ def memory(results: Results) -> str:
 def host(results: Results) -> str:
     rows = [
         [r["optimizer"], f"{r['us_of_1']:.0f}", f"{r['us_of_1000']:.0f}",
-         f"{r['us_per_further_parameter']:.2f}"]
+         f"{r['us_per_further_parameter']:.2f}", f"{r['us_of_1000_after_backward']:.0f}"]
         for r in filter(_is_measured, results["host"])
     ]  # fmt: skip
     head = ["", "us, 1 parameter", "us, 1000 parameters", "us per further parameter"]
+    head += ["us, 1000 parameters, a backward before every step"]
     return grid(head, rows, results["host"])
 
 

@@ -70,7 +70,7 @@ def test_interpreted_capture_allocates_and_reads_nothing(name, capture, monkeypa
         (bucket,) = optimizer._layouts[0].buckets
         grads = bucket.gradients()
         bucket.count(grads)
-        launch._table(tuple(g.data_ptr() for g in grads))
+        launch.tables.find(tuple(g.data_ptr() for g in grads))
 
 
 @interpreted
@@ -83,7 +83,7 @@ def test_interpreted_tables_of_captures_are_never_written_again(name, capture):
         for p in optimizer.param_groups[0]["params"]:
             p.grad = torch.randn_like(p)
         grads = tuple(p.grad.data_ptr() for p in optimizer.param_groups[0]["params"])
-        table = launch._table(grads)
+        table = launch.tables.find(grads)
         captured.append((table, table.clone()))
         capture["on"] = False
         for _ in range(10):
@@ -103,7 +103,7 @@ def test_interpreted_tables_outlive_their_launch(name, capture):
 
     optimizer, launch = optimizer_and_launch(name)
     capture["on"] = True
-    table = launch._table((0, 0))
+    table = launch.tables.find((0, 0))
     del optimizer, launch
     assert any(table is held for pair in tables._captured for held in pair)
 
@@ -113,10 +113,10 @@ def test_interpreted_tables_outlive_their_launch(name, capture):
 def test_interpreted_captures_need_a_step_before(name, capture):
     optimizer, launch = optimizer_and_launch(name)
     capture["on"] = True
-    launch._table((0, 0))
-    launch._table((0, 0))
+    launch.tables.find((0, 0))
+    launch.tables.find((0, 0))
     with pytest.raises(RuntimeError, match="needs a step outside of it first"):
-        launch._table((0, 0))
+        launch.tables.find((0, 0))
 
 
 @interpreted
@@ -140,7 +140,7 @@ def test_interpreted_replays_equal_eager(name, capture):
     eager.param_groups[0]["lr"] = float(lr)
 
     capture["on"] = True
-    table = launch._table(tuple(p.grad.data_ptr() for p in params))
+    table = launch.tables.find(tuple(p.grad.data_ptr() for p in params))
     hyper = optimizer._hyper(optimizer.param_groups[0])
     capture["on"] = False
     for number in range(100):

@@ -306,7 +306,7 @@ def test_host_and_grids_in_the_interpreter():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, *grids, last = done.stdout.splitlines()
-    assert first == "3" and last == "1024 128"
+    assert first == "4" and last == "1024 128"
     assert grids == ["[(1024, 128, True), (2048, 256, True)]"] * 8
 
 

@@ -49,9 +49,8 @@ class Bucket:
         self.keys = ("step", *rule.keys)
         self.columns = {key: self._local([s[key] for s in states]) for key in self.keys}
         self._found = [[s[key] for s in states] for key in self.keys]
-        self._tensors = (*self.owners, *chain(*self._found[1:]))
         self._steps_at = addresses(self.columns["step"])  # without dimensions: no more to look at
-        self._place = Place(self._local(self._tensors))
+        self._place = Place([*self.owners, *chain(*self._found[1:])], self._local)
         grads = (p.grad for p in self.owners)
         self.grad_dtype = next((g.dtype for g in grads if g is not None), self.dtype)
         self._expected: Guards | None = None  # of gradients that need no look, one by one
@@ -79,8 +78,7 @@ class Bucket:
         """
         if not same and not self._holds_same():
             return False
-        tensors = self._local(self._tensors)  # a DTensor may have got another part
-        return addresses(self.columns["step"]) == self._steps_at and self._place.holds(tensors)
+        return addresses(self.columns["step"]) == self._steps_at and self._place.holds()
 
     def _holds_same(self) -> bool:
         try:

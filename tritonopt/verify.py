@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import compress, repeat
 from operator import is_not
 from typing import Any
@@ -66,20 +66,21 @@ class Place:
     4000 tensors with their storages fill more than a core's own cache.
     """
 
-    CHUNK = 256
+    CHUNK = 512
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], local: Callable[[Any], Any]) -> None:
+        self._local = local
         self._chunks = []
         for first in range(0, len(tensors), self.CHUNK):
-            where = slice(first, first + self.CHUNK)
-            chunk = tensors[where]
-            self._chunks.append((where, addresses(chunk), Guards(chunk), geometry(chunk)))
+            given = (*tensors[first : first + self.CHUNK],)
+            chunk = local(given)
+            self._chunks.append((given, addresses(chunk), Guards(chunk), geometry(chunk)))
 
-    def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the tensors, which may be others, lie there in the same way."""
+    def holds(self) -> bool:
+        """Whether the tensors still lie there in the same way."""
         try:
-            for where, known, guards, look in self._chunks:
-                chunk = tensors[where]
+            for given, known, guards, look in self._chunks:
+                chunk = self._local(given)  # a DTensor may have got another part
                 if addresses(chunk) != known:
                     return False
                 if not guards.fit(chunk) and geometry(chunk) != look:
