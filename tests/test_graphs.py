@@ -35,7 +35,7 @@ def capture(monkeypatch):
     """A switch: while it is on, every stream says that it records."""
     state = {"on": False}
     kernels = ("kernels.launch", "kernels.tables")
-    for module in ("device", "groups", "bucket", "plan", "rprop", *kernels):
+    for module in ("device", "groups", "bucket", "plan", "first_step", "rprop", *kernels):
         monkeypatch.setattr(f"tritonopt.{module}.is_capturing", lambda device: state["on"])
     return state
 

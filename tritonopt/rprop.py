@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,15 +9,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.rprop import rprop
 
-from tritonopt import eager, slab
+from tritonopt import eager
 from tritonopt.bucket import Rule
 from tritonopt.device import is_capturing
 from tritonopt.eager import VARIANTS
-from tritonopt.eligible import is_plain
+from tritonopt.first_step import FirstStep, is_unused, rounded
 from tritonopt.groups import PATHS
 from tritonopt.layout import Layout
 from tritonopt.optimizer import SlabOptimizer
-from tritonopt.shard import local
 
 _DECIDING = ("variant", *PATHS)
 
@@ -142,7 +140,7 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         return float(group["lr"]) if key == "step_size" else 0.0
 
     def _why_torch(self, group: dict[str, Any]) -> str | None:
-        etaminus, etaplus = (_rounded(float(eta), torch.float32) for eta in group["etas"])
+        etaminus, etaplus = (rounded(float(eta), torch.float32) for eta in group["etas"])
         if not 0 < etaminus < 1 < etaplus:  # possible in a group: torch validates defaults only
             return f"etas={group['etas']}"
         if any(s is None or getattr(s, "ndim", 0) for s in group["step_sizes"]):
@@ -211,99 +209,30 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
     # The first step.
 
     def _is_as_new(self, entry: dict[str, Any]) -> bool:
-        return {"step", "prev", "step_size"} <= entry.keys() and _is_unused(entry)
+        return {"step", "prev", "step_size"} <= entry.keys() and is_unused(entry)
 
     def _look(self, index: int) -> Layout:
         layout = super()._look(index)
         group = self.param_groups[index]
-        starts = [group["lr"], group.get("initial_lr"), self.defaults["lr"]]
-        starts = [float(lr) for lr in starts if lr is not None]
-        layout.first = _First(  # type: ignore[attr-defined]
-            [
-                (param, float(local(entry["step_size"]).flatten()[0]))
-                for param, entry in zip(layout.params, layout.states, strict=True)
-                if entry
-                and "step_size" in entry
-                and is_plain(local(entry["step_size"]))
-                and not param.is_complex()
-                and local(param).numel()
-                and _is_unused(entry)
-                and _may_be_made(local(entry["step_size"]), starts)
-            ]
+        made_with = [group["lr"], group.get("initial_lr"), self.defaults["lr"]]
+        layout.first = FirstStep(  # type: ignore[attr-defined]
+            layout, [float(lr) for lr in made_with if lr is not None]
         )
         return layout
 
     def _settle(self, work: list[Any]) -> None:
         for index, (layout, _) in enumerate(work):
-            fits = [self._fit_step_size(index, param) for param, _ in layout.first.unused]
-            if not all(fits):
+            if layout.first.settle(self.param_groups[index]["lr"], self.state):
                 self._look(index)
                 work[index] = self._examine(index, self.state)
-
-    def _fit_step_size(self, index: int, param: Tensor) -> bool:
-        """Whether a step size has the dtype that torch would give it: the first gradient's."""
-        grad, entry = param.grad, self.state.get(param, {})
-        if grad is None or "step_size" not in entry:
-            return True
-        made = local(entry["step_size"])
-        if local(grad).dtype == made.dtype or slab.find(made) is None:
-            return True
-        entry["step_size"] = torch.full_like(grad, float(self.param_groups[index]["lr"]))
-        return False
 
     def _before_update(self, group: dict[str, Any], layout: Layout) -> None:
         if self._option(group, "variant") == "irprop+":
             last, sign = group.get("last_loss"), -1 if group["maximize"] else 1
             self._loss_rose = last is not None and sign * self._loss > sign * last
             group["last_loss"] = self._loss
-        first = layout.first  # type: ignore[attr-defined]
-        unused = first.unused + first.skipped(group["lr"], self.state)
-        first.unused = []
-        for param, value in unused:
-            if param.grad is None:
-                first.unused.append((param, value))
-                continue
-            entry = self.state.get(param, {})
-            if "step_size" not in entry:  # taken away: torch makes it again
-                continue
-            step_size = local(entry["step_size"])
-            lr = _rounded(float(group["lr"]), step_size.dtype)
-            if lr != value:
-                if is_capturing(param.device):
-                    raise RuntimeError(
-                        "lr changed before the first step: take one step before a graph captures it"
-                    )
-                if not _is_unused(entry):  # written to since: a checkpoint, loaded in place
-                    continue
-                step_size.fill_(lr)
-            if vars(self).get("found_inf") is not None:  # else the host has seen to it
-                first.perhaps.append((param, lr))
-                first.lr = group["lr"]
-
-
-class _First:
-    """Step sizes that start from the lr of the first step: each with its parameter and its value.
-
-    Of `perhaps`, the first step was taken, with `lr`, or skipped because a gradient was infinite:
-    the device knows.
-    """
-
-    def __init__(self, unused: list[tuple[Tensor, float]]) -> None:
-        self.unused = unused
-        self.perhaps: list[tuple[Tensor, float]] = []
-        self.lr: Any = None
-
-    def skipped(self, lr: Any, state: Any) -> list[tuple[Tensor, float]]:
-        """Those whose step was skipped, as far as it matters.
-
-        It does not while a float lr is the same, nor in a graph, which takes them as they are.
-        Otherwise the host waits for the answer, and once it is no, never again.
-        """
-        same = not isinstance(lr, Tensor) and lr == self.lr
-        if not self.perhaps or same or is_capturing(self.perhaps[0][0].device):
-            return []
-        asked, self.perhaps = self.perhaps, []
-        return [entry for entry in asked if float(state[entry[0]]["step"]) == 0]
+        may_be_skipped = vars(self).get("found_inf") is not None  # else the host has seen to it
+        layout.first.begin(group["lr"], self.state, may_be_skipped)  # type: ignore[attr-defined]
 
 
 def _torch_limits(group: dict[str, Any]) -> dict[str, Any]:
@@ -315,27 +244,3 @@ def _torch_limits(group: dict[str, Any]) -> dict[str, Any]:
         "step_size_min": step_size_min,
         "step_size_max": step_size_max,
     }
-
-
-def _is_unused(entry: dict[str, Any]) -> bool:
-    """Whether no step has been taken and the step sizes are still those they were created with."""
-    step_size, prev = local(entry["step_size"]), local(entry["prev"])
-    if float(entry["step"]) != 0:
-        return False
-    if not step_size.numel():
-        return True
-    low, high = torch.aminmax(step_size)
-    return bool(low == high) and not bool(prev.any())
-
-
-def _may_be_made(step_size: Tensor, starts: list[float]) -> bool:
-    """Whether step sizes were made here, as far as can be told: copies do not lie in a slab."""
-    if slab.find(step_size) is not None:
-        return True
-    value = float(step_size.flatten()[0])
-    return value in [_rounded(lr, step_size.dtype) for lr in starts]
-
-
-@lru_cache(256)
-def _rounded(value: float, dtype: torch.dtype) -> float:
-    return float(torch.tensor(value, dtype=dtype, device="cpu"))

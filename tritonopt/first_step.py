@@ -1,0 +1,119 @@
+"""Rprop's first step: step sizes, made before it, start from the lr that is then in force."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonopt import slab
+from tritonopt.device import is_capturing
+from tritonopt.eligible import is_plain
+from tritonopt.layout import Layout
+from tritonopt.shard import local
+
+
+class FirstStep:
+    """What is left to do for the parameters of a layout that have not taken theirs.
+
+    `unused` step sizes, each with its parameter and its value, start from the lr of the first step.
+    Of `perhaps`, the first step was taken, with `lr`, or skipped because a gradient was infinite:
+    the device knows.
+    """
+
+    def __init__(self, layout: Layout, made_with: list[float]) -> None:
+        """`made_with`: the lr that step sizes may have been made with."""
+        self.unused = [
+            (param, float(local(entry["step_size"]).flatten()[0]))
+            for param, entry in zip(layout.params, layout.states, strict=True)
+            if entry
+            and "step_size" in entry
+            and is_plain(local(entry["step_size"]))
+            and not param.is_complex()
+            and local(param).numel()
+            and is_unused(entry)
+            and _may_be_made(local(entry["step_size"]), made_with)
+        ]
+        self.perhaps: list[tuple[Tensor, float]] = []
+        self.lr: Any = None
+
+    def settle(self, lr: Any, state: Mapping[Tensor, Any]) -> bool:
+        """Gives step sizes the dtype that torch does, the first gradient's; whether any changed."""
+        found = [self._settle(param, lr, state.get(param, {})) for param, _ in self.unused]
+        return any(found)
+
+    def _settle(self, param: Tensor, lr: Any, entry: dict[str, Any]) -> bool:
+        if param.grad is None or "step_size" not in entry:
+            return False
+        made = local(entry["step_size"])
+        if local(param.grad).dtype == made.dtype or slab.find(made) is None:
+            return False
+        entry["step_size"] = torch.full_like(param.grad, float(lr))
+        return True
+
+    def begin(self, lr: Any, state: Mapping[Tensor, Any], may_be_skipped: bool) -> None:
+        """Called before each update: step sizes of parameters that have a gradient become `lr`.
+
+        `may_be_skipped`: by the device, without the host's knowing.
+        """
+        unused = self.unused + self._skipped(lr, state)
+        self.unused = []
+        for param, value in unused:
+            if param.grad is None:
+                self.unused.append((param, value))
+                continue
+            entry = state.get(param, {})
+            if "step_size" not in entry:  # taken away: torch makes it again
+                continue
+            step_size = local(entry["step_size"])
+            start = rounded(float(lr), step_size.dtype)
+            if start != value:
+                if is_capturing(param.device):
+                    raise RuntimeError(
+                        "lr changed before the first step: take one step before a graph captures it"
+                    )
+                if not is_unused(entry):  # written to since: a checkpoint, loaded in place
+                    continue
+                step_size.fill_(start)
+            if may_be_skipped:
+                self.perhaps.append((param, start))
+                self.lr = lr
+
+    def _skipped(self, lr: Any, state: Mapping[Tensor, Any]) -> list[tuple[Tensor, float]]:
+        """Those whose step was skipped, as far as it matters.
+
+        It does not while a float lr is the same, nor in a graph, which takes them as they are.
+        Otherwise the host waits for the answer, and once it is no, never again.
+        """
+        same = not isinstance(lr, Tensor) and lr == self.lr
+        if not self.perhaps or same or is_capturing(self.perhaps[0][0].device):
+            return []
+        asked, self.perhaps = self.perhaps, []
+        return [entry for entry in asked if float(state[entry[0]]["step"]) == 0]
+
+
+def is_unused(entry: dict[str, Any]) -> bool:
+    """Whether no step has been taken and the step sizes are still those they were created with."""
+    step_size, prev = local(entry["step_size"]), local(entry["prev"])
+    if float(entry["step"]) != 0:
+        return False
+    if not step_size.numel():
+        return True
+    low, high = torch.aminmax(step_size)
+    return bool(low == high) and not bool(prev.any())
+
+
+def _may_be_made(step_size: Tensor, made_with: list[float]) -> bool:
+    """Whether step sizes were made here, as far as can be told: copies do not lie in a slab."""
+    if slab.find(step_size) is not None:
+        return True
+    value = float(step_size.flatten()[0])
+    return value in [rounded(lr, step_size.dtype) for lr in made_with]
+
+
+@lru_cache(256)
+def rounded(value: float, dtype: torch.dtype) -> float:
+    return float(torch.tensor(value, dtype=dtype, device="cpu"))
