@@ -65,13 +65,16 @@ class Tables:
             host, table = _buffers(self._rows.shape, self.device)
             if self.device.type != "cpu":  # it may have been made while another stream was current
                 self.programs.record_stream(torch.accelerator.current_stream(self.device))
+        host.copy_(self._rows)
+        host[:, self._grad] = torch.frombuffer(array("q", grads), dtype=torch.int64)
+        if table is not host:
+            table.copy_(host, non_blocking=True)
+        if not capturing:  # only now: an interrupt may have come before
             self._recent[key] = (host, table)
             self._last = key, table
             if len(self._recent) > RECENT_TABLES:
                 self._recent.popitem(last=False)
-        host.copy_(self._rows)
-        host[:, self._grad] = torch.frombuffer(array("q", grads), dtype=torch.int64)
-        return table if table is host else table.copy_(host, non_blocking=True)
+        return table
 
     def reserve(self, count: int = 2) -> None:
         """Memory for tables that a graph capture may ask for: none can be pinned during one."""

@@ -172,6 +172,81 @@ def test_packing_that_fails_leaves_nothing_out(name, monkeypatch):
     follow(ours, theirs, params, copies, 3)
 
 
+@pytest.mark.parametrize("what", ["parameter", "state"])
+def test_what_two_groups_share_is_packed(name, what):
+    """By one of them, after the other has been looked at."""
+    params = parameters([(9,), (9,), (9,)])
+    copies = [nn.Parameter(p.detach().clone()) for p in params]
+    made = [(OURS[name], {}, params), (TORCH[name], {"foreach": False}, copies)]
+    key = "square_avg" if name == "RMSprop" else "step_size"
+    held, optimizers = [], []
+    for kind, options, (first, *rest) in made:
+        held.append(first.detach())  # keeps it in place
+        optimizers.append(kind([{"params": [first]}, {"params": rest}], **options))
+    follow(*optimizers, params, copies, 1)
+    for optimizer, some in zip(optimizers, (params, copies), strict=True):
+        if what == "parameter":
+            optimizer.param_groups[1]["params"].append(some[0])
+        else:
+            shared = optimizer.state[some[1]][key].clone()
+            held.append(shared.detach())
+            optimizer.state[some[0]][key] = optimizer.state[some[1]][key] = shared
+    follow(*optimizers, params, copies, 4)
+    held.clear()
+    for optimizer, (*_, last) in zip(optimizers, (params, copies), strict=True):
+        last.data = last.data.clone()
+        optimizer.state[last][key] = optimizer.state[last][key].clone()
+    follow(*optimizers, params, copies, 4)
+
+
+def test_a_cleared_entry_while_others_are_packed(name):
+    """Of a parameter that is left to torch, which makes its state anew."""
+    params = parameters([(3, 3), (5,)])
+    ours, theirs, copies = twins(name, params)
+    follow(ours, theirs, params, copies, 3)
+    held = []
+    for optimizer, (one, two) in ((ours, params), (theirs, copies)):
+        for key, tensor in optimizer.state[one].items():
+            if tensor.dim():
+                optimizer.state[one][key] = tensor.t().contiguous().t()
+                held.append(optimizer.state[one][key].detach())
+        optimizer.state[two] = {key: t.clone() for key, t in optimizer.state[two].items()}
+    follow(ours, theirs, params, copies, 1)
+    for optimizer, (one, _) in ((ours, params), (theirs, copies)):
+        optimizer.state[one].clear()
+    follow(ours, theirs, params, copies, 3)
+
+
+@pytest.mark.parametrize("key", ["step", "square_avg", "prev", "step_size"])
+def test_a_key_is_missing(name, key):
+    """torch looks at the state of no parameter without a gradient, and raises at one that has."""
+    params = parameters(FEW_SHAPES)
+    ours, theirs, copies = twins(name, params)
+    follow(ours, theirs, params, copies, 2)
+    if key not in ours.state[params[0]]:
+        pytest.skip("is the other's")
+    del ours.state[params[0]][key], theirs.state[copies[0]][key]
+    give_gradients(params, copies, missing=[0])
+    ours.step()
+    theirs.step()
+    assert ours.describe()
+    give_gradients(params, copies)
+    for optimizer in (ours, theirs):
+        with pytest.raises(KeyError, match=key):
+            optimizer.step()
+
+
+def test_what_is_described_without_state(name):
+    params = parameters(FEW_SHAPES)
+    ours, theirs, copies = twins(name, params)
+    follow(ours, theirs, params, copies, 2)
+    for optimizer, some in ((ours, params), (theirs, copies)):
+        del optimizer.state[some[0]]
+        optimizer.state[some[1]].clear()
+    assert "2 without state" in ours.describe() and len(ours.state) == len(params) - 1
+    follow(ours, theirs, params, copies, 2)
+
+
 def test_other_entries_of_state_survive(name):
     params = parameters(FEW_SHAPES)
     ours, theirs, copies = twins(name, params)

@@ -105,6 +105,22 @@ def test_a_table_is_uploaded_only_when_an_address_changed(device, monkeypatch):
     assert len(update.tables._recent) <= tables.RECENT_TABLES
 
 
+def test_an_interrupt_while_a_table_is_filled(device, monkeypatch):
+    params, grads, prevs, step_sizes = tensors([5, 6], device)
+    update = launch.Launch(launch.rprop_, params, [prevs, step_sizes])
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(torch, "frombuffer", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            update(grads, **RPROP)
+    want = list(expected(params, grads, prevs, step_sizes))
+    update(grads, **RPROP)
+    assert all(torch.equal(p, w[0]) for p, w in zip(params, want, strict=True))
+
+
 def test_more_than_2_to_the_31_elements(device):
     """Only the last programs run; pages that nobody touches take no memory."""
     numel, tail = 2**31 + 1500, 2500

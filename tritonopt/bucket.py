@@ -13,10 +13,10 @@ from torch import Tensor
 from tritonopt.device import is_capturing, path
 from tritonopt.eligible import belongs, same_layout
 from tritonopt.scaling import NONE, Scaling
-from tritonopt.shard import is_sharded, local, same_shards
+from tritonopt.shard import is_sharded, same_shards
 from tritonopt.span import all_given, present, spans
 from tritonopt.sweep import Sweep
-from tritonopt.verify import Guards, Place, addresses
+from tritonopt.verify import Guards, Place, addresses, locals_of
 
 
 class Rule(NamedTuple):
@@ -42,15 +42,16 @@ class Bucket:
         self.rule = rule
         self.owners = params
         self.sharded = any(map(is_sharded, params))
-        self.params = params = self._local(params)
+        self.params = params = [*locals_of(params, self.sharded)]
         self.states = states
         self.device = params[0].device
         self.dtype = params[0].dtype
         self.keys = ("step", *rule.keys)
-        self.columns = {key: self._local([s[key] for s in states]) for key in self.keys}
         self._found = [[s[key] for s in states] for key in self.keys]
+        lists = [locals_of(column, self.sharded) for column in self._found]
+        self.columns = dict(zip(self.keys, lists, strict=True))
         self._steps_at = addresses(self.columns["step"])  # without dimensions: no more to look at
-        self._place = Place([*self.owners, *chain(*self._found[1:])], self._local)
+        self._place = Place([*self.owners, *chain(*self._found[1:])], self.sharded)
         grads = (p.grad for p in self.owners)
         self.grad_dtype = next((g.dtype for g in grads if g is not None), self.dtype)
         self._expected: Guards | None = None  # of gradients that need no look, one by one
@@ -67,9 +68,6 @@ class Bucket:
             from tritonopt.kernels import launch
 
             self.update = launch.Launch(getattr(launch, rule.name), params, columns)
-
-    def _local(self, tensors: Sequence[Any]) -> Any:
-        return list(map(local, tensors)) if self.sharded else tensors
 
     def holds(self, same: bool) -> bool:
         """Whether every parameter and state tensor still lies where it lay, and as it lay.
@@ -96,7 +94,7 @@ class Bucket:
             both = zip(self.owners, grads, strict=True)
             if not all(grad is None or same_shards(param, grad) for param, grad in both):
                 raise Stale
-            grads = self._local(grads)
+            grads = [*locals_of(grads, True)]
         if self._expected is not None and self._expected.fit(grads):
             self._all_given = self._expected.of_all
             return grads
@@ -134,7 +132,7 @@ class Bucket:
                     flat[part].add_(one)
         for index in self._lone_steps:
             if grads[index] is not None:
-                self.states[index]["step"] += one
+                self._found[0][index].add_(one)
 
     def counts(self) -> float | Tensor:
         """The number of steps: of all parameters if it is one and the host knows it, or of each."""

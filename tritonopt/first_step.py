@@ -30,7 +30,7 @@ class FirstStep:
             (param, float(local(entry["step_size"]).flatten()[0]))
             for param, entry in zip(layout.params, layout.states, strict=True)
             if entry
-            and "step_size" in entry
+            and entry.keys() >= {"step", "prev", "step_size"}
             and is_plain(local(entry["step_size"]))
             and not param.is_complex()
             and local(param).numel()

@@ -25,7 +25,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     _sweep: Callable[..., Sweep] = Sweep
     _layouts: dict[int, Layout]  # by position in param_groups; a cache, verified at every step
-    _known: tuple[list[Any], ...] | None = None  # what the layouts were made of, copied
+    _known: list[list[Any]]  # what the layouts were made of, copied
+    _packed = False  # whether anything has been moved into a slab in this step
     _options: dict[str, Any] = {}  # that torch does not have, with the values of torch's rule
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -45,7 +46,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             for name, value in options.items():
                 group.setdefault(name, value)
             self._check(group)
-        self._layouts = {}
+        self._layouts, self._known = {}, []  # both shared by a copy of `__dict__`
         for index in range(len(self.param_groups)):
             self._begin(index)
 
@@ -108,16 +109,22 @@ class GroupedOptimizer(torch.optim.Optimizer):
                     "take one step before a graph captures it"
                 )
             self._check(group)
-            begun = [p for p in group["params"] if p.grad is not None or self.state.get(p)]
-            self._make_state(group, begun)
-            return self._look(index)
+            return self._remake(index)
         layout.steps += 1
         # What lies outside a slab is packed once it has stayed in place for a step: some users move
         # parameters or state before every step.
         if layout.steps == 1 and self._pack_moved(group, layout):
-            layout = self._look(index)
+            self._packed = True
+            layout = self._remake(index)
             layout.steps = 1
         return layout
+
+    def _remake(self, index: int) -> Layout:
+        """Makes the layout, and before it the state that a step needs."""
+        group = self.param_groups[index]
+        begun = [p for p in group["params"] if p.grad is not None or self.state.get(p)]
+        self._make_state(group, begun)
+        return self._look(index)
 
     def _holds(
         self, layout: Layout, group: dict[str, Any], state: dict[Tensor, Any] | None
@@ -143,7 +150,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             layout = Layout(rule, group, self.state, self._why_torch(group))
         layout.flags = self._flags(group)
         self._layouts[index] = layout
-        self._known = None
+        self._known.clear()
         return layout
 
     def _check_fallback(self, index: int, layout: Layout) -> None:

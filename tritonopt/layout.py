@@ -34,7 +34,7 @@ class Layout:
         self.flags: tuple[Any, ...] = ()  # that decided about it
         self.options: list[Any] | None = None  # that decided about the flags, and are right
         self.states = [state.get(p) for p in self.params]
-        lacking = [not s or not s.keys() >= {*rule.keys} for s in self.states]
+        lacking = [not s or not s.keys() >= {"step", *rule.keys} for s in self.states]
         self.stateless = list(compress(self.params, lacking))
         self.fallback: list[tuple[Tensor, str]] = []  # left to torch, and why
         self.steps = 0  # taken since
@@ -48,7 +48,8 @@ class Layout:
         shared = overlapping([local(t) for t in row if isinstance(t, Tensor)] for row in rows)
         for index, (param, entry) in enumerate(zip(self.params, self.states, strict=True)):
             why = why_torch or why_not_native(param)
-            if lacking[index] and not why_torch and param.grad is None:
+            unmade = param.grad is None or (why is None and not entry)
+            if lacking[index] and not why_torch and unmade:
                 real = not is_lazy(param) and not param.is_meta and param.requires_grad
                 if why is None or not real:
                     continue  # it may be moved before its first gradient comes
@@ -56,6 +57,8 @@ class Layout:
                 why = f"capturable=True is not for {param.device.type}"  # torch raises
             if why is None and index in shared:
                 why = "overlaps another parameter, or its state does"
+            if why is None and lacking[index]:
+                why = "lacks some of its state"  # torch raises
             if why is None:
                 assert entry is not None
                 if not isinstance(entry["step"], Tensor):

@@ -19,7 +19,7 @@ from tritonopt.groups import GroupedOptimizer, has_fused_amp
 from tritonopt.layout import Layout
 from tritonopt.scaling import NONE, Scaling, scaled, scaling, total_norm
 from tritonopt.shard import is_sharded
-from tritonopt.verify import same
+from tritonopt.verify import copied, same
 
 _UNTRACED = "need a step that is not traced: call optimizer.compile() and step eagerly"
 
@@ -63,6 +63,7 @@ class SlabOptimizer(GroupedOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_layouts", {})
+        self.__dict__.setdefault("_known", [])
         if has_fused_amp(self):  # a skipped step is not counted, which only the device knows
             for param, entry in self.state.items():
                 if isinstance(param, Tensor) and isinstance(entry.get("step"), Tensor):
@@ -141,7 +142,7 @@ class SlabOptimizer(GroupedOptimizer):
             self._layouts.pop(index, None)  # of groups that were removed
         with torch.set_grad_enabled(False):  # as `no_grad`, in half the time
             state = None if same(self._objects(), self._known) else self.state
-            work = [self._examine(index, state) for index in range(len(self.param_groups))]
+            work = self._examine_all(state)
             if state is not None:
                 self._know()
             self._settle(work)
@@ -156,15 +157,26 @@ class SlabOptimizer(GroupedOptimizer):
     # A scheduler wraps a step without this mark, to set `_opt_called`, in a file that dynamo skips.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
-    def _objects(self) -> tuple[list[Any], ...]:
+    def _objects(self) -> list[list[Any]]:
         """What layouts are made of: parameters, their entries of state, and the groups' lists."""
-        return [*self.state], [*self.state.values()], [g["params"] for g in self.param_groups]
+        return [[*self.state], [*self.state.values()], [g["params"] for g in self.param_groups]]
 
     def _know(self) -> None:
         """Notes which objects the layouts, which hold now, were made of."""
-        params, entries, groups = self._objects()
-        copies = [dict(entry) if isinstance(entry, dict) else entry for entry in entries]
-        self._known = params, copies, [[*group] for group in groups]
+        keys, entries, groups = self._objects()
+        copies = [
+            copied(entry) if isinstance(key, Tensor) else entry
+            for key, entry in zip(keys, entries, strict=True)
+        ]
+        self._known[:] = keys, copies, [[*group] for group in groups]
+
+    def _examine_all(self, state: dict[Tensor, Any] | None) -> list[Any]:
+        indices = range(len(self.param_groups))
+        self._packed = False
+        work = [self._examine(index, state) for index in indices]
+        if self._packed and len(indices) > 1:  # what another group has, too
+            work = [self._examine(index, self.state) for index in indices]
+        return work
 
     def _examine(
         self, index: int, state: dict[Tensor, Any] | None
@@ -176,7 +188,7 @@ class SlabOptimizer(GroupedOptimizer):
         try:
             return layout, [bucket.gradients() for bucket in layout.buckets]
         except Stale:
-            layout = self._look(index)
+            layout = self._remake(index)
             self._check_fallback(index, layout)
             return layout, [bucket.gradients() for bucket in layout.buckets]
 

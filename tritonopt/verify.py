@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
 from itertools import compress, repeat
 from operator import is_not
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 from torch.overrides import TorchFunctionMode
+
+from tritonopt.shard import local
 
 
 class Guards:
@@ -39,25 +42,36 @@ class Guards:
 
 
 class _Differ(TorchFunctionMode):
-    """Tensors that are asked whether they are equal say no."""
+    """Tensors that are asked whether they are equal say no; and whether any was asked anything."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> bool:
-        return False
+    asked = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.asked = True  # a subclass may compare in its own way
+        if func is Tensor.__eq__:
+            return False
+        return func(*args, **(kwargs or {}))  # a signal's handler, or a finalizer
 
 
 def same(found: Any, known: Any) -> bool:
     """Whether lists and dicts, nested or not, hold the very same tensors, at 2 to 8 ns each.
 
     They take what is identical for equal and ask only the rest. `is` over the tensors, fetched one
-    by one, costs ten times that. It may say no wrongly, never yes.
+    by one, costs ten times that. It may say no wrongly.
     """
     if torch._C._is_torch_function_all_disabled():
         return False
     try:
-        with _Differ():
-            return bool(found == known)
-    except Exception:  # whatever else lies in a state may raise anything: an array does
+        with _Differ() as mode:
+            return bool(found == known) and not mode.asked
+    except (TypeError, ValueError, RuntimeError):  # of what else lies in a state: arrays raise
         return False
+
+
+def copied(entry: Any) -> Any:
+    """An entry of state to compare later ones with; what equals none if that would say nothing."""
+    known = type(entry) in (dict, OrderedDict, defaultdict)
+    return dict(entry) if known else object()
 
 
 class Place:
@@ -68,19 +82,19 @@ class Place:
 
     CHUNK = 512
 
-    def __init__(self, tensors: Sequence[Tensor], local: Callable[[Any], Any]) -> None:
-        self._local = local
+    def __init__(self, tensors: Sequence[Tensor], sharded: bool) -> None:
+        self.sharded = sharded
         self._chunks = []
         for first in range(0, len(tensors), self.CHUNK):
             given = (*tensors[first : first + self.CHUNK],)
-            chunk = local(given)
+            chunk = locals_of(given, sharded)
             self._chunks.append((given, addresses(chunk), Guards(chunk), geometry(chunk)))
 
     def holds(self) -> bool:
         """Whether the tensors still lie there in the same way."""
         try:
             for given, known, guards, look in self._chunks:
-                chunk = self._local(given)  # a DTensor may have got another part
+                chunk = locals_of(given, self.sharded)  # a DTensor may have got another part
                 if addresses(chunk) != known:
                     return False
                 if not guards.fit(chunk) and geometry(chunk) != look:
@@ -88,6 +102,10 @@ class Place:
         except (TypeError, RuntimeError):  # of what is no tensor, or has no memory
             return False
         return True
+
+
+def locals_of(tensors: Sequence[Any], sharded: bool) -> Sequence[Any]:
+    return list(map(local, tensors)) if sharded else tensors
 
 
 def _given(tensors: Sequence[Tensor | None]) -> list[bool]:
