@@ -1,21 +1,22 @@
 """What does a step cost? `pytest perf` prints pytest-benchmark's tables, one per workload.
 
-All implementations of a table are measured in turns; pytest-benchmark, which runs one benchmark
-after the other, is given the times that were measured.
+All implementations of a table are measured in turns, in a process of their own; pytest-benchmark,
+which runs one benchmark after the other, is given the times that were measured. The floor, and why
+anything was not measured, stand at the end.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
 import torch
 
-from perf.implementations import COMPILED_UP_TO, IMPLEMENTATIONS, Workload
-from perf.steps import figures, measure
-from perf.timing import Times, bandwidth
-from perf.workloads import WORKLOADS
+from perf.implementations import COMPILED_UP_TO, IMPLEMENTATIONS, Missing, Workload
+from perf.run import apart
+from perf.steps import TOLD, Measured, figures, measure
+from perf.workloads import CURVE, WORKLOADS
 
 
 class Replay:
@@ -36,25 +37,22 @@ class Replay:
 replay = Replay()
 
 
-@pytest.fixture(scope="session")
-def floor(request: pytest.FixtureRequest) -> float:
-    quick = request.config.getoption("quick")
-    return bandwidth(request.config.getoption("device"), 2**24 if quick else 2**26)
-
-
 @lru_cache(maxsize=1)  # the implementations of one table come one after the other
 def measured(
     workload: Workload, names: tuple[str, ...], up_to: int | None, seconds: float
-) -> tuple[dict[str, Times], dict[str, str]]:
+) -> Measured:
     limits = COMPILED_UP_TO if up_to is None else dict.fromkeys(COMPILED_UP_TO, up_to)
-    return measure(workload, names, limits, seconds)
+    try:
+        return apart(partial(measure, workload, names, limits, seconds))
+    except Missing as why:
+        return Measured({}, dict.fromkeys(names, str(why)), 0.0)
 
 
 @pytest.mark.benchmark(timer=replay)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("optimizer", ["RMSprop", "Rprop"])
 def test_step(
-    benchmark: Any, request: Any, floor: float, workload: str, optimizer: str, implementation: str
+    benchmark: Any, request: Any, workload: str, optimizer: str, implementation: str
 ) -> None:
     option = request.config.getoption
     chosen = [
@@ -63,15 +61,19 @@ def test_step(
         if item.callspec.params["workload"] == workload
         and item.callspec.params["optimizer"] == optimizer
     ]
-    work = Workload(optimizer, tuple(WORKLOADS[workload]), option("device"))
+    work = Workload(optimizer, tuple({**WORKLOADS, **CURVE}[workload]), option("device"))
     quick, up_to = option("quick"), option("compiled_up_to")
-    times, missing = measured(
-        work, tuple(chosen), 0 if quick and up_to is None else up_to, 0.3 if quick else 4.0
+    record = {"optimizer": optimizer, "workload": workload, "implementation": implementation}
+    found = measured(
+        work, tuple(chosen), 0 if quick and up_to is None else up_to, 0.3 if quick else 2.0
     )
-    if implementation in missing:
-        pytest.skip(missing[implementation])
+    if implementation in found.missing:
+        TOLD.append({**record, "missing": found.missing[implementation]})
+        pytest.skip(found.missing[implementation])
+    record |= figures(work, found, implementation)
+    TOLD.append(record)
     benchmark.group = f"{optimizer}, {workload}"
-    benchmark.extra_info.update(figures(work, times[implementation], floor))
-    benchmark.extra_info["torch"] = torch.__version__
-    replay.play(times[implementation].wall)
-    benchmark.pedantic(lambda: None, rounds=len(times[implementation].wall))
+    benchmark.extra_info.update(record, torch=torch.__version__)
+    wall = found.times[implementation].wall
+    replay.play(wall)
+    benchmark.pedantic(lambda: None, rounds=len(wall))

@@ -26,9 +26,9 @@ from perf.timing import synchronize
 TENSOR_LR = IMPLEMENTATIONS["compiled"]._replace(options={"lr": torch.tensor(0.01)})
 ENTRANCES = {
     "compile()": IMPLEMENTATIONS["compile()"],
+    "compiled": TENSOR_LR,
     "backend": IMPLEMENTATIONS["backend"],
     "torch.compile(step)": TRACED,
-    "compiled": TENSOR_LR,
 }
 COUNTS = (50, 200, 1000)
 STEPS = 50

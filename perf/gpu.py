@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import sys
 
-import torch
-
 from perf import plan
-from perf.run import accelerator
+from perf.run import accelerator, usable_device
 
 if __name__ == "__main__":
     parser = plan.parser(__doc__, gpu=True)
-    parser.add_argument("--device", type=torch.device, default=accelerator(),
+    parser.add_argument("--device", type=usable_device, default=accelerator(),
                         help="cpu tries out what this script does, without a GPU")  # fmt: skip
     options = parser.parse_args()
     if options.device is None:

@@ -23,6 +23,7 @@ import torch
 
 from perf import run
 from perf.implementations import IMPLEMENTATIONS, Workload
+from perf.timing import synchronize
 
 COUNTS = (1, 1000)
 
@@ -43,6 +44,7 @@ def host_time(name: str, count: int, device: torch.device, every: bool = False) 
             params = optimizer.param_groups[0]["params"]
             loss = torch.stack([(p * p).sum() for p in params]).sum()
             loss.backward()
+            synchronize(device)
         start = time.perf_counter()
         optimizer.step()
         times.append(time.perf_counter() - start)

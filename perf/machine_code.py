@@ -199,7 +199,8 @@ def main(kernels: Sequence[str], dtypes: Sequence[str], targets: Sequence[str]) 
         problems = code.problems(dtype, kernel)
         failed += bool(problems)
         each = code.instructions / (kernel.block / THREADS)
-        counts = code.registers, code.stack, f"{each:.1f}", code.loads[128], code.stores[128]
+        between = f"{each:.1f}" if kernel.writes else "-"  # what follows the last load is not
+        counts = code.registers, code.stack, between, code.loads[128], code.stores[128]
         print(row.format(name, dtype, target, *counts, "; ".join(problems)).rstrip())
     print(f"{failed} with problems" if failed else "No spills, no narrow access of a tensor.")
     return 1 if failed else 0

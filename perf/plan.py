@@ -11,9 +11,8 @@ import torch
 
 from perf import compile_time, host, memory, steps, tune, variants
 from perf.implementations import COMPILED_UP_TO, IMPLEMENTATIONS
-from perf.run import Jobs, Part, machine, run
+from perf.run import INTERRUPTED, Jobs, Part, folder, is_measured, machine, partial_file, run
 from perf.tables import tables
-from perf.timing import bandwidth
 from perf.workloads import COUNTS, QUICK, SIZES, WORKLOADS, Shape
 
 Shapes = dict[str, list[Shape]]
@@ -33,8 +32,8 @@ class Effort(NamedTuple):
 
 CPU = Effort(2.0, COMPILED_UP_TO, compile_time.COUNTS, 75, {})
 GPU = Effort(  # what takes longest comes last, and may not be reached
-    0.3, {"compiled": 64, "backend": 200}, (200,), 25,
-    {"steps": 170, "curve": 50, "counts": 25, "memory": 15, "host": 20, "compile": 55, "tune": 85},
+    0.3, {"compiled": 64, "backend": 200}, (20, 200), 25,
+    {"steps": 175, "curve": 50, "counts": 25, "memory": 15, "host": 25, "compile": 75, "tune": 85},
 )  # fmt: skip
 QUICKLY = Effort(
     0.3, dict.fromkeys(("compiled", "compile()", "backend"), 0), (20,), 25,
@@ -43,9 +42,7 @@ QUICKLY = Effort(
 )  # fmt: skip
 
 
-def plan(
-    device: torch.device, gpu: bool, options: argparse.Namespace, speed: float
-) -> dict[str, Part]:
+def plan(device: torch.device, gpu: bool, options: argparse.Namespace) -> dict[str, Part]:
     quick = options.quick
     effort = QUICKLY if quick else GPU if gpu else CPU
     up_to = COMPILED_UP_TO if options.implementations else effort.compiled_up_to
@@ -59,7 +56,7 @@ def plan(
     sizes = SIZES[:13:4] if quick else SIZES[::2]
     curve: Shapes = {f"1 x {size}": [(size,)] for size in (sizes[::-1] if gpu else sizes)}
     counts: Shapes = {f"{count} x 64": [(64,)] * count for count in COUNTS[: 3 if quick else None]}
-    common: dict[str, Any] = {"up_to": up_to, "seconds": effort.seconds, "bandwidth": speed}
+    common: dict[str, Any] = {"up_to": up_to, "seconds": effort.seconds}
     jobs: dict[str, Jobs] = {
         "steps": steps.jobs(chosen, names, device, **common)
         | steps.jobs(large, names, device, ("RMSprop, centered, momentum",), **common),
@@ -79,23 +76,31 @@ def plan(
 
 
 def main(device: torch.device, gpu: bool, options: argparse.Namespace) -> int:
-    elements = 2**24 if options.quick else 2**28 if device.type == "cuda" else 2**26
     found = machine(device)
     out = options.out and options.out / f"{'cpu' if not gpu else _slug(found['device'])}.json"
-    lost = set(json.loads(out.read_text())) - {*HEAD, *options.only} if _exists(out) else set()
+    lost = _lost(out, options)
     if lost:
-        print(f"{out} has {', '.join(sorted(lost))}, too, of another run: name another folder")
+        print(f"{out} has {lost}, of another run: name another folder")
         return 2
-    speed = found["bandwidth_bytes_per_s"] = bandwidth(device, elements)
     results: dict[str, Any] = {"machine": found, "quick": options.quick}
-    parts = plan(device, gpu, options, speed)
-    run(parts, results, out)
+    try:
+        run(plan(device, gpu, options), results, out)
+    except KeyboardInterrupt:
+        kept = f": {partial_file(out)} has what was found" if out else ""
+        print(*tables(results), f"Interrupted{kept}.", sep="\n\n")
+        return INTERRUPTED
     print(*tables(results), sep="\n\n")
-    return 0
+    return 0 if is_measured(results) else 1
 
 
-def _exists(file: Path | None) -> bool:
-    return file is not None and file.exists()
+def _lost(out: Path | None, options: argparse.Namespace) -> str:
+    """What a run would overwrite in a file, and not replace."""
+    if out is None or not out.exists():
+        return ""
+    before = json.loads(out.read_text())
+    parts = sorted(before.keys() - {*HEAD, *options.only})
+    full = options.quick and not before["quick"]
+    return f"{', '.join(parts)}, too" if parts else "more than --quick measures" if full else ""
 
 
 def _slug(name: str) -> str:
@@ -105,7 +110,7 @@ def _slug(name: str) -> str:
 def parser(description: str | None, gpu: bool) -> argparse.ArgumentParser:
     parts = [name for name in QUICKLY.limits if name != ("variants" if gpu else "tune")]
     made = argparse.ArgumentParser(description=description)
-    made.add_argument("--out", type=Path, help="a folder for the results as JSON")
+    made.add_argument("--out", type=folder, help="a folder for the results as JSON")
     made.add_argument("--quick", action="store_true", help="under two minutes")
     made.add_argument(
         "--only",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 Results = dict[str, Any]
@@ -40,10 +41,12 @@ def _lines(axes: Any, records: list[Any], optimizer: str, x: Any, y: Any) -> Non
 
 
 def _roofline(axes: Any, results: Results, optimizer: str) -> None:
-    roof = results["machine"]["bandwidth_bytes_per_s"] / 1e9
+    records = [r for r in results["curve"] if "missing" not in r]
     _lines(axes, results["curve"], optimizer, lambda r: r["elements"],
            lambda r: r["least_bytes"] / _microseconds(r) / 1e3)  # fmt: skip
-    axes.axhline(roof, color="black", linestyle="--", label="bandwidth")
+    if records:
+        roof = median(r["bandwidth_bytes_per_s"] for r in records) / 1e9
+        axes.axhline(roof, color="black", linestyle="--", label="bandwidth")
     axes.set(xlabel="elements", ylabel="bytes of the floor / time, GB/s")
 
 

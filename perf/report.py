@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from perf import plots
 from perf.tables import TABLES, tables
@@ -24,9 +25,22 @@ ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- perf:(\w+) (\w+) -->\n).*?(<!-- /perf -->)", re.S)
 
 
+class Unreadable(Exception):
+    """A file of results that is none."""
+
+
+def read(file: Path) -> dict[str, Any]:
+    try:
+        results = json.loads(file.read_text())
+        results["machine"], results["quick"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise Unreadable(f"{file} holds no results: {type(error).__name__}: {error}") from error
+    return dict(results)
+
+
 def block(file: Path, part: str) -> Iterator[str]:
     """What the README says of one part of the results in a file."""
-    results = json.loads(file.read_text())
+    results = read(file)
     if part == "all":
         yield from tables(results)
     elif part in results:
@@ -44,7 +58,8 @@ def readme(text: str, folder: Path) -> str:
     def replace(match: re.Match[str]) -> str:
         files = [cpu] if match[2] == "cpu" else others
         texts = [text for file in files for text in block(file, match[3])]
-        body = "\n\n".join(texts) or "Not measured on a GPU yet."
+        lacking = "Not measured on a GPU yet." if match[2] == "gpu" else "Not measured."
+        body = "\n\n".join(texts) or lacking
         return f"{match[1]}\n{body}\n\n{match[4]}"
 
     return BLOCK.sub(replace, text)
@@ -59,7 +74,11 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         return 2
     file, folder = root / "README.md", root / "perf" / "results"
     text = file.read_text()
-    made = readme(text, folder)
+    try:
+        made = readme(text, folder)
+    except Unreadable as why:
+        print(why)
+        return 2
     if check:
         pictures = re.findall(r"\]\((perf/results/[^)]+\.png)\)", made)
         lacking = [name for name in pictures if not (root / name).exists()]
@@ -69,7 +88,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         return 0
     file.write_text(made)
     for results in folder.glob("*.json"):
-        plots.draw(results.stem, json.loads(results.read_text()), folder)
+        plots.draw(results.stem, read(results), folder)
     return 0
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from perf.implementations import Missing
+from perf.timing import bandwidth
 
 ROOT = Path(__file__).parent.parent
 Job = Callable[[], Iterable[dict[str, Any]]]
@@ -41,6 +42,10 @@ class TimeIsUp(BaseException):
     """Not an Exception: compilers catch those and go on."""
 
 
+INTERRUPTED = 130
+"""The exit code, as of shells."""
+
+
 def run(parts: dict[str, Part], results: dict[str, Any], out: Path | None = None) -> None:
     """Adds the records of every part to `results`, and what is missing, with the reason."""
     for name, part in parts.items():
@@ -51,7 +56,7 @@ def run(parts: dict[str, Part], results: dict[str, Any], out: Path | None = None
                 for label in _progress(name, list(part.jobs)):
                     try:
                         job = part.jobs[label]
-                        for record in _apart(job) if part.apart else job():
+                        for record in apart(job) if part.apart else job():
                             found.append(record)
                     except Missing as why:
                         found.append({"job": label, "missing": str(why)})
@@ -62,12 +67,33 @@ def run(parts: dict[str, Part], results: dict[str, Any], out: Path | None = None
         except TimeIsUp:
             late = f"the {part.seconds:.0f} s of this part were over"
             found += [{"job": label, "missing": late} for label in left]
-        if out is not None:  # after every part, as a later one may fail
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(results, indent=1) + "\n")
+        except KeyboardInterrupt:
+            found += [{"job": label, "missing": "interrupted"} for label in left]
+            _write(results, out)
+            raise
+        _write(results, out)  # after every part, as a later one may fail
+    if out is not None:
+        partial_file(out).replace(out)
 
 
-def _apart(job: Job) -> list[dict[str, Any]]:
+def _write(results: dict[str, Any], out: Path | None) -> None:
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial_file(out).write_text(json.dumps(results, indent=1) + "\n")
+
+
+def partial_file(out: Path) -> Path:
+    """Of a run that has not ended."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def is_measured(results: dict[str, Any]) -> bool:
+    """Whether there is any figure."""
+    parts = [part for part in results.values() if isinstance(part, list)]
+    return any("missing" not in record for part in parts for record in part)
+
+
+def apart(job: Callable[[], Any]) -> Any:
     """What a job finds in a process that nothing has run in.
 
     A compiler leaves a heap in pieces: steps over 1000 tensors, whose objects are found far from
@@ -77,8 +103,9 @@ def _apart(job: Job) -> list[dict[str, Any]]:
         return pool.submit(_found, job).result()
 
 
-def _found(job: Job) -> list[dict[str, Any]]:
-    return list(job())
+def _found(job: Callable[[], Any]) -> Any:
+    found = job()
+    return list(found) if isinstance(found, Iterator) else found
 
 
 @contextmanager
@@ -100,6 +127,8 @@ def _at_most(seconds: float | None) -> Iterator[None]:
 
 def _progress(title: str, labels: list[str]) -> Iterator[str]:
     try:
+        if not sys.stdout.isatty():  # a log
+            raise ImportError
         from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     except ImportError:
         for number, label in enumerate(labels, 1):
@@ -126,8 +155,17 @@ def machine(device: torch.device) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         found |= {"device": properties.name, "memory_bytes": properties.total_memory}
         found |= {"cuda": torch.version.cuda, "hip": torch.version.hip}
-        found |= _nvidia_smi(f"GPU-{getattr(properties, 'uuid', '')}")
+        found |= _clocks(device, f"GPU-{getattr(properties, 'uuid', '')}")
     return found
+
+
+def _clocks(device: torch.device, identity: str) -> dict[str, str]:
+    """Asked for while the device is busy: idle, it lowers them."""
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(_nvidia_smi, identity)
+        while not asked.done():
+            bandwidth(device)
+        return asked.result()
 
 
 def _cpu_name() -> str:
@@ -170,15 +208,39 @@ def accelerator() -> torch.device | None:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
 
 
+def usable_device(name: str) -> torch.device:
+    """Of an argument."""
+    available = {"cpu", getattr(accelerator(), "type", "cpu")}
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{name!r} is no device") from error
+    if device.type not in available:
+        raise argparse.ArgumentTypeError(f"{name!r} is not {' or '.join(sorted(available))}")
+    return device
+
+
+def folder(name: str) -> Path:
+    """Of an argument."""
+    path = Path(name)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{name!r} is no folder")
+    return path
+
+
 def script(part: str, jobs: Callable[[torch.device, bool], Jobs]) -> int:
     """The command of one part, which prints its table."""
     from perf.tables import tables
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="under two minutes")
-    parser.add_argument("--device", type=torch.device, default=accelerator() or "cpu")
+    parser.add_argument("--device", type=usable_device, default=accelerator() or "cpu")
     arguments = parser.parse_args()
     results = {"machine": machine(arguments.device), "quick": arguments.quick}
-    run({part: Part(jobs(arguments.device, arguments.quick))}, results)
+    try:
+        run({part: Part(jobs(arguments.device, arguments.quick))}, results)
+    except KeyboardInterrupt:
+        print(*tables(results), "Interrupted.", sep="\n\n")
+        return INTERRUPTED
     print(*tables(results), sep="\n\n")
-    return 0
+    return 0 if is_measured(results) else 1

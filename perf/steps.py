@@ -5,23 +5,29 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from perf.implementations import CONFIGURATIONS, Missing, Workload, start
 from perf.run import Jobs
-from perf.timing import Times, interleaved
+from perf.timing import Times, bandwidth, interleaved
 from perf.workloads import Shape
 
 Record = dict[str, Any]
-KEPT, TEMPORARY = 4, 5  # tensors of the parameters' size: of each implementation, of a step
+TOLD: list[Record] = []  # by `pytest perf`, at its end
+KEPT, TEMPORARY = 5, 5  # tensors of the parameters' size: of each implementation, of a step
+
+
+class Measured(NamedTuple):
+    times: dict[str, Times]  # of the implementations, in turns
+    missing: dict[str, str]  # why others are
+    bandwidth: float  # bytes per second, before and after: it changes from minute to minute
 
 
 def measure(
     workload: Workload, names: Sequence[str], up_to: dict[str, int], seconds: float
-) -> tuple[dict[str, Times], dict[str, str]]:
-    """Times of the implementations, in turns, and why others are missing."""
+) -> Measured:
     torch.manual_seed(0)
     torch._dynamo.reset()
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # not silently eager
@@ -29,7 +35,9 @@ def measure(
     if needed > free_memory(workload.device):
         raise Missing(f"needs {needed / 2**30:.0f} GiB of free memory")
     steps, missing = start(workload, names, up_to)
-    return interleaved(steps, workload.device, seconds), missing
+    before = bandwidth(workload.device)
+    times = interleaved(steps, workload.device, seconds)
+    return Measured(times, missing, (before + bandwidth(workload.device)) / 2)
 
 
 def free_memory(device: torch.device) -> int:
@@ -45,28 +53,28 @@ def records(
     names: Sequence[str],
     up_to: dict[str, int],
     seconds: float,
-    bandwidth: float,
 ) -> Iterator[Record]:
     common = {
         "optimizer": workload.configuration, "workload": label, "tensors": len(workload.shapes),
     }  # fmt: skip
-    times, missing = measure(workload, names, up_to, seconds)
+    measured = measure(workload, names, up_to, seconds)
     for name in names:
         record = {**common, "implementation": name}
-        if name in missing:
-            yield {**record, "missing": missing[name]}
+        if name in measured.missing:
+            yield {**record, "missing": measured.missing[name]}
         else:
-            yield {**record, **figures(workload, times[name], bandwidth)}
+            yield {**record, **figures(workload, measured, name)}
 
 
-def figures(workload: Workload, times: Times, bandwidth: float) -> Record:
-    """The times, and the floor: the least bytes at the bandwidth of the machine."""
+def figures(workload: Workload, measured: Measured, name: str) -> Record:
+    """The times, and the floor: the least bytes at the bandwidth that was measured with them."""
     least_bytes = workload.least_bytes
-    floor = least_bytes / bandwidth * 1e6
-    summary = times.summary()
+    floor = least_bytes / measured.bandwidth * 1e6
+    summary = measured.times[name].summary()
     taken = summary["device_us"] or summary["wall_us"]
     return {
-        "elements": workload.elements, "least_bytes": least_bytes, "floor_us": floor,
+        "elements": workload.elements, "least_bytes": least_bytes,
+        "bandwidth_bytes_per_s": measured.bandwidth, "floor_us": floor,
         "fraction_of_floor": floor / taken["median"], **summary,
     }  # fmt: skip
 

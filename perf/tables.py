@@ -26,12 +26,15 @@ def machine(results: Results) -> str:
     found = results["machine"]
     texts = [found["device"]]
     texts += [f"driver {found['driver_version']}"] if "driver_version" in found else []
-    if "bandwidth_bytes_per_s" in found:
+    rates = [found["bandwidth_bytes_per_s"]] if "bandwidth_bytes_per_s" in found else []
+    rates += [r["bandwidth_bytes_per_s"] for r in results.get("steps", []) if _is_measured(r)]
+    if rates:
         kind = "device copy" if "cuda" in found else "in-place triad"
-        texts.append(f"{kind} {found['bandwidth_bytes_per_s'] / 1e9:,.1f} GB/s")
+        ends = dict.fromkeys(f"{rate / 1e9:,.1f}" for rate in (min(rates), max(rates)))
+        texts.append(f"{kind} {' to '.join(ends)} GB/s")
     texts += [f"{found['threads']} threads", f"torch {found['torch']}"]
     texts += [f"triton {found['triton']}", found["date"]]
-    texts += ["a run with `--quick`"] if results["quick"] else []
+    texts += ["a run with `--quick`, which times no compiled step"] if results["quick"] else []
     return ", ".join(texts) + "."
 
 
@@ -52,7 +55,9 @@ def steps(results: Results, clock: str = "wall_us", part: str = "steps") -> str:
         some = [r for r in records if r["optimizer"] == optimizer]
         names = _names(some)
         ours = [name for name in OURS if name in names]
-        head = [optimizer, *names, "times the better stock", *(f"{n}: of the floor" for n in ours)]
+        of_floor = ours if clock != "host_us" else []
+        head = [optimizer, *names, "times the better stock"]
+        head += [f"{name}: of the floor" for name in of_floor]
         rows = []
         for workload in dict.fromkeys(r["workload"] for r in some):
             by_name = {
@@ -65,7 +70,7 @@ def steps(results: Results, clock: str = "wall_us", part: str = "steps") -> str:
             if stock and "tritonopt" in by_name:
                 faster = figure(min(stock) / by_name["tritonopt"][clock]["median"])
             cells = [_time(by_name.get(name), clock, name in ours) for name in names]
-            floors = [_floor(by_name.get(name)) for name in ours]
+            floors = [_floor(by_name.get(name)) for name in of_floor]
             rows.append([workload, *cells, faster, *floors])
         tables.append(grid(head, rows, []))
     return "\n\n".join(filter(None, [*tables, _reasons(results[part])]))
@@ -150,12 +155,16 @@ def tune(results: Results) -> str:
     rows = []
     for key in dict.fromkeys((r["workload"], r["optimizer"], r["dtype"]) for r in records):
         same = [r for r in records if (r["workload"], r["optimizer"], r["dtype"]) == key]
-        rates = {(r["block"], r["threads"]): r["least_bytes"] / _taken(r) / 1e3 for r in same}
+        rates = {_tiling(r): r["least_bytes"] / _taken(r) / 1e3 for r in same}
         best = max(rates, key=lambda tiling: rates[tiling])
-        ours = figure(rates[1024, 128]) if (1024, 128) in rates else "-"
-        rows.append([*key, f"{best[0]} / {best[1]}", figure(rates[best]), ours])
-    head = ["workload", "optimizer", "dtype", "block / threads", "GB/s", "1024 / 128: GB/s"]
+        ours = [figure(rates[_tiling(r)]) for r in same if r["is_ours"]] or ["-"]
+        rows.append([*key, f"{best[0]} / {best[1]}", figure(rates[best]), *ours])
+    head = ["workload", "optimizer", "dtype", "block / threads", "GB/s", "the library's: GB/s"]
     return grid(head, rows, results["tune"], text=3)
+
+
+def _tiling(record: dict[str, Any]) -> tuple[int, int]:
+    return record["block"], record["threads"]
 
 
 def _taken(record: dict[str, Any]) -> float:

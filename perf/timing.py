@@ -37,7 +37,8 @@ def interleaved(
 ) -> dict[str, Times]:
     """Calls the functions in turns until the time is up, in `rounds` turns at least.
 
-    What disturbs one disturbs all, and each finds the caches as the others leave them.
+    What disturbs one disturbs all, and each finds the caches as another leaves them. The order
+    rotates, and the times of the device alone are taken in turns of their own.
     """
     for function in functions.values():
         for _ in range(3):
@@ -48,7 +49,11 @@ def interleaved(
     while functions and (time.perf_counter() < end or len(times[order[0]].wall) < rounds):
         for name in order:
             _measure(functions[name], device, times[name])
-        order.reverse()
+        if device.type == "cuda":
+            for name in order:
+                synchronize(device)
+                times[name].device.append(_device_time(functions[name], times[name].host[-1]))
+        order.append(order.pop(0))
     return times
 
 
@@ -59,8 +64,6 @@ def _measure(function: Callable[[], Any], device: torch.device, times: Times) ->
     times.host.append((time.perf_counter() - start) * 1e6)
     synchronize(device)
     times.wall.append((time.perf_counter() - start) * 1e6)
-    if device.type == "cuda":
-        times.device.append(_device_time(function, times.host[-1]))
 
 
 def _device_time(function: Callable[[], Any], host_us: float) -> float:
@@ -79,9 +82,12 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def bandwidth(device: torch.device, elements: int, seconds: float = 1.0) -> float:
-    """Bytes per second of a device copy; on a CPU of an in-place triad, `a += 2 * b`."""
-    a, b = torch.zeros(2, elements, device=device)
+def bandwidth(device: torch.device, seconds: float = 0.3) -> float:
+    """Bytes per second of a device copy; on a CPU of an in-place triad, `a += 2 * b`.
+
+    Over arrays that no cache holds: of 256 MiB each, on an accelerator of 1 GiB.
+    """
+    a, b = torch.zeros(2, 2**26 if device.type == "cpu" else 2**28, device=device)
     if device.type == "cpu":
         streams, function = 3, lambda: a.add_(b, alpha=2)
     else:

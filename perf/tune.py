@@ -51,6 +51,9 @@ def records(
         raise Missing(f"no kernels run on {workload.device}")
     common = {"optimizer": workload.configuration, "workload": label, "dtype": dtype,
               "least_bytes": workload.least_bytes}  # fmt: skip
+    from tritonopt.kernels import launch
+
+    ours = (launch.BLOCK, launch.THREADS)
     steps = {}
     for tiling in tilings:
         try:
@@ -62,7 +65,8 @@ def records(
     for block, threads in tilings:
         if str((block, threads)) in times:
             summary = times[str((block, threads))].summary()
-            yield {**common, "block": block, "threads": threads, **summary}
+            is_ours = (block, threads) == ours
+            yield {**common, "block": block, "threads": threads, "is_ours": is_ours, **summary}
 
 
 def jobs(

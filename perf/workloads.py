@@ -124,4 +124,5 @@ WORKLOADS: dict[str, list[Shape]] = {
 }
 QUICK = ("DQN", "PINN", "1000 x 64")
 SIZES = [2**power for power in range(10, 29)]
+CURVE: dict[str, list[Shape]] = {f"1 x {size}": [(size,)] for size in SIZES}
 COUNTS = (1, 10, 100, 1000, 10_000)

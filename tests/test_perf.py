@@ -89,7 +89,7 @@ def test_turns():
     calls = []
     functions = {name: lambda name=name: calls.append(name) for name in "abc"}
     times = timing.interleaved(functions, CPU, seconds=0, rounds=4)
-    assert "".join(calls) == "aaabbbccc" + "abccbaabccba"
+    assert "".join(calls) == "aaabbbccc" + "abcbcacababc"
     assert [len(times[name].wall) for name in "abc"] == [4, 4, 4]
     assert times["a"].device == []
 
@@ -224,6 +224,43 @@ def test_without_a_gpu():
     assert done.returncode == 2 and "needs a GPU" in done.stdout
 
 
+@pytest.mark.parametrize("arguments", [["--device", "meta"], ["--device", "no"]], ids=str)
+def test_devices_that_cannot_be_measured(arguments):
+    done = module("perf.host", *arguments)
+    assert done.returncode == 2 and arguments[1] in done.stderr
+
+
+def test_a_folder_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        options(False, "--out", str(tmp_path / "file"))
+    assert "is no folder" in capsys.readouterr().err
+
+
+def test_an_interrupted_run_keeps_what_it_found(tmp_path, monkeypatch, capsys):
+    def interrupt():
+        yield {"optimizer": "RMSprop", "us_of_1": 1.0, "us_of_1000": 2.0,
+               "us_per_further_parameter": 0.1, "us_of_1000_after_backward": 3.0}  # fmt: skip
+        raise KeyboardInterrupt
+
+    jobs = {"one": interrupt, "two": interrupt}
+    monkeypatch.setattr(plan.host, "jobs", lambda *_: jobs)
+    assert plan.main(CPU, False, options(False, "--only", "host", "--out", str(tmp_path))) == 130
+    (file,) = tmp_path.iterdir()
+    found = json.loads(file.read_text())["host"]
+    assert file.name == "cpu.json.partial" and found[0]["us_of_1"] == 1
+    assert [record["job"] for record in found[1:]] == ["one", "two"]
+    assert "Interrupted" in capsys.readouterr().out
+
+
+def test_quick_results_do_not_replace_others(tmp_path, capsys):
+    file = tmp_path / "cpu.json"
+    file.write_text(json.dumps({"machine": {}, "quick": False, "host": []}))
+    given = options(False, "--quick", "--only", "host", "--out", str(tmp_path))
+    assert plan.main(CPU, False, given) == 2
+    assert "more than --quick measures" in capsys.readouterr().out
+
+
 def test_results_of_another_run_are_not_lost(tmp_path, capsys):
     file = tmp_path / "cpu.json"
     file.write_text(json.dumps({"machine": {}, "quick": True, "host": [], "memory": []}))
@@ -237,7 +274,7 @@ def test_results_of_another_run_are_not_lost(tmp_path, capsys):
 @pytest.mark.parametrize("names", [["bitsandbytes"], ["compile()", "foreach, replayed"]], ids=str)
 def test_what_is_asked_for_is_measured_or_said_to_be_missing(names):
     arguments = ["--quick", "--only", "steps", "--implementations", *names]
-    (part,) = plan.plan(CPU, False, plan.parser(None, False).parse_args(arguments), 1e9).values()
+    (part,) = plan.plan(CPU, False, plan.parser(None, False).parse_args(arguments)).values()
     job = part.jobs["RMSprop, PINN"]
     assert job.args[2] == names and job.keywords["up_to"]["compiled"]
 
@@ -263,7 +300,7 @@ def test_everything_on_a_cpu(gpu, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plan, "SIZES", [2**8])
     monkeypatch.setattr(plan, "COUNTS", (1, 3))
     monkeypatch.setattr(tune, "DTYPES", {"fp32": torch.float32})
-    monkeypatch.setattr(plan, "bandwidth", lambda *_: 1e10)
+    monkeypatch.setattr(steps, "bandwidth", lambda *_: 1e10)
     monkeypatch.setattr(variants, "SEEDS", range(2))
     only = ["steps", "curve", "counts", "tune"] if gpu else ["steps", "variants"]
     given = options(gpu, "--quick", "--only", *only, "--out", str(tmp_path))
@@ -336,7 +373,7 @@ def test_other_figures_are_noticed(tmp_path):
     assert report.main(["--check"], tmp_path) == 0
     file = tmp_path / "perf" / "results" / "cpu.json"
     results = json.loads(file.read_text())
-    results["machine"]["bandwidth_bytes_per_s"] *= 2
+    results["machine"]["device"] += " of another kind"
     file.write_text(json.dumps(results))
     assert report.main(["--check"], tmp_path) == 1
     assert report.main([], tmp_path) == 0
@@ -344,6 +381,17 @@ def test_other_figures_are_noticed(tmp_path):
     assert readme.read_text() != (ROOT / "README.md").read_text()
     next(file.parent.glob("*.png")).unlink()
     assert report.main(["--check"], tmp_path) == 1
+
+
+def test_results_that_are_none(tmp_path, capsys):
+    folder = tmp_path / "perf" / "results"
+    folder.mkdir(parents=True)
+    (tmp_path / "README.md").write_text("<!-- perf:cpu host -->\n<!-- /perf -->")
+    (folder / "cpu.json").write_text("{")
+    assert report.main(["--check"], tmp_path) == 2
+    assert "cpu.json holds no results" in capsys.readouterr().out
+    (folder / "cpu.json").write_text('{"machine": {}, "quick": false}')
+    assert "\nNot measured.\n" in report.readme((tmp_path / "README.md").read_text(), folder)
 
 
 def test_what_is_missing_is_neither_drawn_nor_tabulated(tmp_path):
@@ -354,6 +402,7 @@ def test_what_is_missing_is_neither_drawn_nor_tabulated(tmp_path):
     plots.draw("some", results, tmp_path)
     assert (tmp_path / "some-compile.png").exists()
     table = tables.TABLES["compile"](results).splitlines()
+    assert not run.is_measured({"host": [late]}) and run.is_measured(results)
     assert table[2] == "| foreach | 50 | 1.5 s, 2 |"
     assert table[-1] == "Not measured: Rprop, foreach, 50: no time was left."
     assert tables.TABLES["host"](results) == table[-1]
@@ -362,16 +411,17 @@ def test_what_is_missing_is_neither_drawn_nor_tabulated(tmp_path):
 def test_every_file_of_results_is_shown(tmp_path):
     """What a GPU found replaces what the README says of none."""
     machine = {"device": "Some GPU", "cuda": "13", "threads": 1, "torch": "2", "triton": "3",
-               "date": "today", "bandwidth_bytes_per_s": 1e12}  # fmt: skip
+               "date": "today"}  # fmt: skip
     times = {"median": 2000.0, "p10": 1000.0, "p90": 3000.0}
     step = {"optimizer": "RMSprop", "workload": "one", "implementation": "tritonopt",
             "wall_us": times, "device_us": times, "host_us": times,
-            "fraction_of_floor": 0.5}  # fmt: skip
+            "bandwidth_bytes_per_s": 1e12, "fraction_of_floor": 0.5}  # fmt: skip
     text = "<!-- perf:gpu all -->\n<!-- /perf -->"
     assert "Not measured on a GPU yet." in report.readme(text, tmp_path)
     results = {"machine": machine, "quick": False, "steps": [step]}
     (tmp_path / "some-gpu.json").write_text(json.dumps(results))
     made = report.readme(text, tmp_path)
     assert "Some GPU, device copy 1,000.0 GB/s" in made
-    assert made.count("| one | 2 (1 to 3) | - | 50% |") == 3
+    assert made.count("| one | 2 (1 to 3) | - | 50% |") == 2
+    assert made.count("| one | 2 (1 to 3) | - |\n") == 1  # of the host, no floor
     assert report.readme(made, tmp_path) == made
