@@ -109,7 +109,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
                     "take one step before a graph captures it"
                 )
             self._check(group)
-            return self._remake(index)
+            begun = [p for p in group["params"] if p.grad is not None or self.state.get(p)]
+            self._make_state(group, begun)
+            return self._look(index)
         layout.steps += 1
         # What lies outside a slab is packed once it has stayed in place for a step: some users move
         # parameters or state before every step.
@@ -120,10 +122,10 @@ class GroupedOptimizer(torch.optim.Optimizer):
         return layout
 
     def _remake(self, index: int) -> Layout:
-        """Makes the layout, and before it the state that a step needs."""
+        """Makes the layout, and before it the state of parameters that have none at all."""
         group = self.param_groups[index]
-        begun = [p for p in group["params"] if p.grad is not None or self.state.get(p)]
-        self._make_state(group, begun)
+        bare = [p for p in group["params"] if p.grad is not None and not self.state.get(p)]
+        self._make_state(group, bare)
         return self._look(index)
 
     def _holds(
