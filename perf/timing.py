@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,14 +38,14 @@ def interleaved(
 ) -> dict[str, Times]:
     """Calls the functions in turns until the time is up, in `rounds` turns at least.
 
-    What disturbs one disturbs all, and each finds the caches as another leaves them. The order
-    rotates, and the times of the device alone are taken in turns of their own.
+    What disturbs one disturbs all, and each finds the caches as another leaves them: the order is
+    random, and the times of the device alone are taken in turns of their own.
     """
     for function in functions.values():
         for _ in range(3):
             function()
     times = {name: Times() for name in functions}
-    order = list(functions)
+    order, chance = list(functions), random.Random(0)
     end = time.perf_counter() + seconds
     while functions and (time.perf_counter() < end or len(times[order[0]].wall) < rounds):
         for name in order:
@@ -53,7 +54,10 @@ def interleaved(
             for name in order:
                 synchronize(device)
                 times[name].device.append(_device_time(functions[name], times[name].host[-1]))
-        order.append(order.pop(0))
+        last = order[-1:]
+        chance.shuffle(order)
+        if order[:1] == last:  # none runs twice in a row
+            order.append(order.pop(0))
     return times
 
 

@@ -4,6 +4,7 @@ No test looks at how long anything took.
 """
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -89,7 +90,10 @@ def test_turns():
     calls = []
     functions = {name: lambda name=name: calls.append(name) for name in "abc"}
     times = timing.interleaved(functions, CPU, seconds=0, rounds=4)
-    assert "".join(calls) == "aaabbbccc" + "abcbcacababc"
+    rounds = ["".join(calls[n : n + 3]) for n in range(9, len(calls), 3)]
+    assert "".join(calls[:9]) == "aaabbbccc"
+    assert len(rounds) == 4 and len({*rounds}) > 1 and all({*round} == {*"abc"} for round in rounds)
+    assert not any(one == next for one, next in itertools.pairwise(calls[9:]))
     assert [len(times[name].wall) for name in "abc"] == [4, 4, 4]
     assert times["a"].device == []
 
