@@ -35,9 +35,10 @@ def measure(
     if needed > free_memory(workload.device):
         raise Missing(f"needs {needed / 2**30:.0f} GiB of free memory")
     steps, missing = start(workload, names, up_to)
-    before = bandwidth(workload.device)
+    before = bandwidth(workload.device, seconds / 6)
     times = interleaved(steps, workload.device, seconds)
-    return Measured(times, missing, (before + bandwidth(workload.device)) / 2)
+    after = bandwidth(workload.device, seconds / 6)
+    return Measured(times, missing, (before + after) / 2)
 
 
 def free_memory(device: torch.device) -> int:

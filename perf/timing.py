@@ -6,10 +6,12 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from statistics import median, quantiles
 from typing import Any
 
 import torch
+from torch import Tensor
 
 CYCLES_PER_US = 2000  # at most, on the GPUs of today: a spin of so many lasts 1 us or longer
 
@@ -86,12 +88,17 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+@cache
+def _arrays(device: torch.device) -> Tensor:
+    return torch.zeros(2, 2**26 if device.type == "cpu" else 2**28, device=device)
+
+
 def bandwidth(device: torch.device, seconds: float = 0.3) -> float:
     """Bytes per second of a device copy; on a CPU of an in-place triad, `a += 2 * b`.
 
     Over arrays that no cache holds: of 256 MiB each, on an accelerator of 1 GiB.
     """
-    a, b = torch.zeros(2, 2**26 if device.type == "cpu" else 2**28, device=device)
+    a, b = _arrays(device)
     if device.type == "cpu":
         streams, function = 3, lambda: a.add_(b, alpha=2)
     else:
