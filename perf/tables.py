@@ -26,8 +26,8 @@ def machine(results: Results) -> str:
     found = results["machine"]
     texts = [found["device"]]
     texts += [f"driver {found['driver_version']}"] if "driver_version" in found else []
-    rates = [found["bandwidth_bytes_per_s"]] if "bandwidth_bytes_per_s" in found else []
-    rates += [r["bandwidth_bytes_per_s"] for r in results.get("steps", []) if _is_measured(r)]
+    timed = [r for part in ("steps", "curve", "counts") for r in results.get(part, [])]
+    rates = [r["bandwidth_bytes_per_s"] for r in timed if _is_measured(r)]
     if rates:
         kind = "device copy" if "cuda" in found else "in-place triad"
         ends = dict.fromkeys(f"{rate / 1e9:,.1f}" for rate in (min(rates), max(rates)))

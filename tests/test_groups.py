@@ -4,7 +4,17 @@ import copy
 
 import pytest
 import torch
-from cases import FEW_SHAPES, OURS, TORCH, follow, give_gradients, is_packed, parameters, twins
+from cases import (
+    FEW_SHAPES,
+    OURS,
+    TORCH,
+    assert_follows,
+    follow,
+    give_gradients,
+    is_packed,
+    parameters,
+    twins,
+)
 from torch import nn
 
 from tritonopt import slab
@@ -306,3 +316,24 @@ def test_step_sizes_that_are_given_stay(before):
                 "step_size": torch.full_like(param, 0.03),
             }
     follow(ours, theirs, params, copies, 3)
+
+
+def test_what_two_groups_share_is_packed_with_the_first_gradient():
+    """Whose dtype the step sizes take: the layouts are made once more in that step."""
+    params = parameters([(9,), (9,)], torch.bfloat16)
+    copies = [nn.Parameter(p.detach().clone()) for p in params]
+    made = [(OURS["Rprop"], {}, params), (TORCH["Rprop"], {"foreach": False}, copies)]
+    held, optimizers = [], []
+    for kind, options, (first, last) in made:
+        held.append(first.detach())  # keeps it in place
+        optimizers.append(kind([{"params": [first]}, {"params": [last]}], lr=0.125, **options))
+        optimizers[-1].param_groups[1]["params"].append(first)
+        first.grad_dtype = last.grad_dtype = torch.float32
+    held.clear()
+    for _ in range(4):
+        for param, twin in zip(params, copies, strict=True):
+            param.grad = torch.randn(9)
+            twin.grad = param.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert_follows(*optimizers, params, copies, rtol=0.02, atol=0.02)

@@ -278,10 +278,7 @@ def test_hyperparameters_of_double_parameters_keep_their_digits(name, device):
         give_gradients(params, copies)
         ours.step()
         theirs.step()
-        for param, other in zip(params, copies, strict=True):
-            torch.testing.assert_close(param, other, rtol=1e-13, atol=1e-14)
-            for key, value in theirs.state[other].items():
-                torch.testing.assert_close(ours.state[param][key], value, rtol=1e-13, atol=1e-14)
+        assert_follows(ours, theirs, params, copies, rtol=1e-13, atol=1e-14)
 
 
 LR_TENSORS = {

@@ -13,10 +13,10 @@ from torch import Tensor
 from tritonopt.device import is_capturing, path
 from tritonopt.eligible import belongs, same_layout
 from tritonopt.scaling import NONE, Scaling
-from tritonopt.shard import is_sharded, same_shards
+from tritonopt.shard import is_sharded, locals_of, same_shards
 from tritonopt.span import all_given, present, spans
 from tritonopt.sweep import Sweep
-from tritonopt.verify import Guards, Place, addresses, locals_of
+from tritonopt.verify import Guards, Place, addresses
 
 
 class Rule(NamedTuple):

@@ -30,7 +30,7 @@ class FirstStep:
             (param, float(local(entry["step_size"]).flatten()[0]))
             for param, entry in zip(layout.params, layout.states, strict=True)
             if entry
-            and entry.keys() >= {"step", "prev", "step_size"}
+            and "step_size" in entry
             and is_plain(local(entry["step_size"]))
             and not param.is_complex()
             and local(param).numel()
@@ -97,9 +97,9 @@ class FirstStep:
 
 def is_unused(entry: dict[str, Any]) -> bool:
     """Whether no step has been taken and the step sizes are still those they were created with."""
-    step_size, prev = local(entry["step_size"]), local(entry["prev"])
-    if float(entry["step"]) != 0:
+    if not entry.keys() >= {"step", "prev", "step_size"} or float(entry["step"]) != 0:
         return False
+    step_size, prev = local(entry["step_size"]), local(entry["prev"])
     if not step_size.numel():
         return True
     low, high = torch.aminmax(step_size)

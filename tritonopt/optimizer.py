@@ -93,8 +93,12 @@ class SlabOptimizer(GroupedOptimizer):
         """Whether the host must know, before anything is updated, that a step is not skipped."""
         return False
 
-    def _settle(self, work: list[Any]) -> None:
-        """Called once per step with the layouts and gradients, in which nothing is wrong."""
+    def _settle(self, work: list[Any]) -> bool:
+        """Called once per step with the layouts and gradients, in which nothing is wrong.
+
+        Returns whether a layout was made again.
+        """
+        return False
 
     def _before_update(self, group: dict[str, Any], layout: Layout) -> None:
         """Called before each update of a group."""
@@ -145,7 +149,8 @@ class SlabOptimizer(GroupedOptimizer):
             work = self._examine_all(state)
             if state is not None:
                 self._know()
-            self._settle(work)
+            if self._settle(work):
+                work = self._examine_all(self.state)
             scaling = self._scaling(work)
             if scaling is None:
                 return loss
@@ -171,12 +176,14 @@ class SlabOptimizer(GroupedOptimizer):
         self._known[:] = keys, copies, [[*group] for group in groups]
 
     def _examine_all(self, state: dict[Tensor, Any] | None) -> list[Any]:
+        """Of all groups, again where one of them packed what another one may have, too."""
         indices = range(len(self.param_groups))
-        self._packed = False
-        work = [self._examine(index, state) for index in indices]
-        if self._packed and len(indices) > 1:  # what another group has, too
-            work = [self._examine(index, self.state) for index in indices]
-        return work
+        while True:
+            self._packed = False
+            work = [self._examine(index, state) for index in indices]
+            if not self._packed or len(indices) == 1:
+                return work
+            state = self.state
 
     def _examine(
         self, index: int, state: dict[Tensor, Any] | None

@@ -209,7 +209,7 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
     # The first step.
 
     def _is_as_new(self, entry: dict[str, Any]) -> bool:
-        return {"step", "prev", "step_size"} <= entry.keys() and is_unused(entry)
+        return is_unused(entry)
 
     def _look(self, index: int) -> Layout:
         layout = super()._look(index)
@@ -220,11 +220,15 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         )
         return layout
 
-    def _settle(self, work: list[Any]) -> None:
-        for index, (layout, _) in enumerate(work):
-            if layout.first.settle(self.param_groups[index]["lr"], self.state):
-                self._look(index)
-                work[index] = self._examine(index, self.state)
+    def _settle(self, work: list[Any]) -> bool:
+        settled = [
+            index
+            for index, (layout, _) in enumerate(work)
+            if layout.first.settle(self.param_groups[index]["lr"], self.state)
+        ]
+        for index in settled:
+            self._look(index)
+        return bool(settled)
 
     def _before_update(self, group: dict[str, Any], layout: Layout) -> None:
         if self._option(group, "variant") == "irprop+":

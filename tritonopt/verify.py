@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 from torch.overrides import TorchFunctionMode
 
-from tritonopt.shard import local
+from tritonopt.shard import locals_of
 
 
 class Guards:
@@ -102,10 +102,6 @@ class Place:
         except (TypeError, RuntimeError):  # of what is no tensor, or has no memory
             return False
         return True
-
-
-def locals_of(tensors: Sequence[Any], sharded: bool) -> Sequence[Any]:
-    return list(map(local, tensors)) if sharded else tensors
 
 
 def _given(tensors: Sequence[Tensor | None]) -> list[bool]:
