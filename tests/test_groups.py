@@ -318,7 +318,7 @@ def test_step_sizes_that_are_given_stay(before):
     follow(ours, theirs, params, copies, 3)
 
 
-def test_what_two_groups_share_is_packed_with_the_first_gradient():
+def test_what_two_groups_share_is_packed_with_a_first_gradient():
     """Whose dtype the step sizes take: the layouts are made once more in that step."""
     params = parameters([(9,), (9,)], torch.bfloat16)
     copies = [nn.Parameter(p.detach().clone()) for p in params]
@@ -327,13 +327,16 @@ def test_what_two_groups_share_is_packed_with_the_first_gradient():
     for kind, options, (first, last) in made:
         held.append(first.detach())  # keeps it in place
         optimizers.append(kind([{"params": [first]}, {"params": [last]}], lr=0.125, **options))
-        optimizers[-1].param_groups[1]["params"].append(first)
-        first.grad_dtype = last.grad_dtype = torch.float32
-    held.clear()
-    for _ in range(4):
-        for param, twin in zip(params, copies, strict=True):
-            param.grad = torch.randn(9)
-            twin.grad = param.grad.clone()
+        last.grad_dtype = torch.float32
+    for step in range(6):
+        give_gradients(params[:1], copies[:1])
+        if step == 3:
+            held.clear()
+            for optimizer, some in zip(optimizers, (params, copies), strict=True):
+                optimizer.param_groups[1]["params"].append(some[0])
+        if step >= 3:
+            params[1].grad = torch.randn(9)
+            copies[1].grad = params[1].grad.clone()
         for optimizer in optimizers:
             optimizer.step()
         assert_follows(*optimizers, params, copies, rtol=0.02, atol=0.02)
