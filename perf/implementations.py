@@ -21,8 +21,8 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "RMSprop, centered, momentum": ("RMSprop", {"centered": True, "momentum": 0.9}),
 }
 
-COMPILED_UP_TO = {"compiled": 64, "backend": 1000}
-"""Parameters. Beyond, to compile the stock optimizer takes minutes."""
+COMPILED_UP_TO = {"compiled": 1000, "backend": 1000}
+"""Parameters. To compile the stock optimizer over so many takes up to five minutes."""
 
 
 class Missing(Exception):

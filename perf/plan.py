@@ -53,7 +53,7 @@ def plan(device: torch.device, gpu: bool, options: argparse.Namespace) -> dict[s
     few = [name for name in names if name not in NOT_IN_PLOTS] or names
     chosen = {name: WORKLOADS[name] for name in (QUICK if quick else WORKLOADS)}
     large = {name: chosen[name] for name in chosen if name == "1 x 64M"}
-    sizes = SIZES[:13:4] if quick else SIZES[::2]
+    sizes = SIZES[:13:4] if quick else SIZES[::2] if gpu else SIZES
     curve: Shapes = {f"1 x {size}": [(size,)] for size in (sizes[::-1] if gpu else sizes)}
     counts: Shapes = {f"{count} x 64": [(64,)] * count for count in COUNTS[: 3 if quick else None]}
     common: dict[str, Any] = {"up_to": up_to, "seconds": effort.seconds}
@@ -67,9 +67,10 @@ def plan(device: torch.device, gpu: bool, options: argparse.Namespace) -> dict[s
         "compile": compile_time.jobs(device, quick, effort.counts, effort.compiling),
     }
     jobs |= {"tune": tune.jobs(device, quick)} if gpu else {"variants": variants.jobs()}
+    limits = effort.limits if quick or not options.implementations else {}
     apart = ("steps", "curve", "counts") if effort is CPU else ()  # else there is no time to begin
     return {
-        name: Part(part, effort.limits.get(name), name in apart)
+        name: Part(part, limits.get(name), name in apart)
         for name, part in jobs.items()
         if name in options.only
     }
@@ -125,7 +126,8 @@ def parser(description: str | None, gpu: bool) -> argparse.ArgumentParser:
         nargs="+",
         choices=IMPLEMENTATIONS,
         metavar="NAME",
-        help=f"of {'; '.join(IMPLEMENTATIONS)}; all that can be measured here, if not given",
+        help=f"of {'; '.join(IMPLEMENTATIONS)}; all that can be measured here, if not given;"
+        " of those that are given, a part takes as long as it takes",
     )
     made.add_argument("--compiled-up-to", type=int, metavar="PARAMETERS",
                       help="compile no stock optimizer of more than these")  # fmt: skip

@@ -296,6 +296,16 @@ def options(gpu, *arguments):
     return plan.parser(None, gpu).parse_args([*arguments, "--implementations", *EAGER])
 
 
+def test_what_is_named_takes_as_long_as_it_takes():
+    parser = plan.parser(None, gpu=True)
+    whole, quick = (plan.plan(CPU, True, parser.parse_args(a)) for a in ([], ["--quick"]))
+    assert sum(part.seconds for part in whole.values()) < 8 * 60
+    assert sum(part.seconds for part in quick.values()) < 2 * 60
+    for arguments, limited in ([], False), (["--quick"], True):
+        parts = plan.plan(CPU, True, options(True, *arguments)).values()
+        assert {part.seconds is not None for part in parts} == {limited}
+
+
 @eager
 @pytest.mark.parametrize("gpu", [False, True])
 def test_everything_on_a_cpu(gpu, tmp_path, monkeypatch, capsys):
