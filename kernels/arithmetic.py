@@ -2,11 +2,17 @@
 
 import triton
 import triton.language as tl
+from triton.language.target_info import is_hip
 
 INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 AS_ON_CPU: tl.constexpr = INTERPRETED
 """Torch's CPU operators multiply by `value` first. Its GPU operators multiply or divide first and
 fuse the product with `value` into the sum: so says torch 2.11's machine code for sm_90."""
+
+TINY_ROOTS_FAIL: tl.constexpr = tl.constexpr(
+    not INTERPRETED.value and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+)
+"""Triton 3.6 takes roots on AMD GPUs by a sequence that makes NaN of subnormal numbers."""
 
 
 @triton.jit
@@ -19,6 +25,10 @@ def neg(x):
 def sqrt_rn(x):
     if x.dtype == tl.float64:  # tl.sqrt_rn takes fp32 only; fp64 is always rounded to nearest
         return tl.sqrt(x)
+    elif TINY_ROOTS_FAIL and is_hip():  # scaled by powers of two, which round nothing
+        tiny = x < 2.0**-96
+        root = tl.sqrt_rn(tl.where(tiny, x * 2.0**64, x))
+        return tl.where(tiny, root * 2.0**-32, root)
     else:
         return tl.sqrt_rn(x)
 

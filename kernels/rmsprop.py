@@ -80,6 +80,9 @@ def rmsprop_block(
         EPS_IN_SQRT, LR_IN_MOMENTUM, NESTEROV, DECOUPLED, BIAS_CORRECTION,
     )  # fmt: skip
 
+    # Where dtypes differ, a thread may store other elements of a tensor than it has loaded.
+    if param_ptr.dtype != grad_ptr.dtype or param_ptr.dtype != square_avg_ptr.dtype:
+        tl.debug_barrier()
     tl.store(param_ptr + offs, param, mask)
     tl.store(square_avg_ptr + offs, square_avg, mask)
     if CENTERED:

@@ -51,6 +51,9 @@ def rprop_block(
         etaminus, etaplus, step_size_min, step_size_max, loss_rose, MAXIMIZE, VARIANT,
     )  # fmt: skip
 
+    # Where dtypes differ, a thread may store other elements of a tensor than it has loaded.
+    if param_ptr.dtype != grad_ptr.dtype or param_ptr.dtype != prev_ptr.dtype:
+        tl.debug_barrier()
     tl.store(param_ptr + offs, param, mask)
     tl.store(prev_ptr + offs, prev, mask)
     tl.store(step_size_ptr + offs, step_size, mask)

@@ -121,13 +121,23 @@ class MachineCode(NamedTuple):
         return found
 
 
-def compile_kernel(kernel: Kernel, dtype: str, target: GPUTarget) -> Any:
+class Driver(NamedTuple):
+    """In the place of a GPU's: kernels ask what they are compiled for."""
+
+    target: GPUTarget
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def compile_kernel(kernel: Kernel, dtypes: tuple[str, str, str], target: GPUTarget) -> Any:
+    """For parameters, gradients and state of these dtypes."""
     names = kernel.function.arg_names
-    types = dict.fromkeys(("PARAM", "GRAD", "STATE"), DTYPES[dtype])
-    types["COMPUTE"] = tl.float64 if dtype == "fp64" else tl.float32
+    types = {n: DTYPES[d] for n, d in zip(("PARAM", "GRAD", "STATE"), dtypes, strict=True)}
+    types["COMPUTE"] = tl.float64 if dtypes[0] == "fp64" else tl.float32
     constants = {name: value for name, value in types.items() if name in names}
     constants.update(kernel.constants, BLOCK=kernel.block)
-    pointers = {**OPTIONAL, "sums_ptr": "*fp64" if dtype == "fp64" else "*fp32"}
+    pointers = {**OPTIONAL, "sums_ptr": "*fp64" if dtypes[0] == "fp64" else "*fp32"}
     signature = {
         name: "constexpr"
         if name in constants
@@ -136,11 +146,15 @@ def compile_kernel(kernel: Kernel, dtype: str, target: GPUTarget) -> Any:
     }
     aligned: Any = {(index,): [["tt.divisibility", 16]] for index in range(2)}
     source = ASTSource(kernel.function, signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=target, options=options(target, THREADS))
+    triton.runtime.driver.set_active(Driver(target))
+    try:
+        return triton.compile(source, target=target, options=options(target, THREADS))
+    finally:
+        triton.runtime.driver.set_active(None)  # the machine's own, if it has one
 
 
 def machine_code(kernel: Kernel, dtype: str, target: str) -> MachineCode:
-    compiled = compile_kernel(kernel, dtype, TARGETS[target])
+    compiled = compile_kernel(kernel, (dtype, dtype, dtype), TARGETS[target])
     if TARGETS[target].backend == "hip":
         return _amd(compiled.asm["amdgcn"])
     return _nvidia(compiled.asm["cubin"])

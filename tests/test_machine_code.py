@@ -1,5 +1,6 @@
 """Every kernel, compiled ahead of time: no spills, and 128-bit accesses on the aligned path."""
 
+import re
 import subprocess
 import sys
 
@@ -11,9 +12,9 @@ from tritonopt.device import INTERPRET
 if INTERPRET:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from machine_code import DTYPES, KERNELS, TARGETS, machine_code
+from machine_code import DTYPES, KERNELS, TARGETS, compile_kernel, machine_code
 
-from tritonopt.kernels import launch
+from tritonopt.kernels import arithmetic, launch
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -33,6 +34,34 @@ def test_a_narrow_access_is_a_problem():
         assert len(code.problems("fp32", kernel)) == 1
         counts[32] -= 1
     assert code._replace(stack=8).problems("fp32", kernel) == ["spills 8 bytes"]
+
+
+ACCESSES = {
+    "cuda": ("ptx", r"\b(ld|st)\.global\.(?:\w+\.)*[bv]|\b(bar)\.sync"),
+    "hip": ("amdgcn", r"\b(?:global|buffer)_(load|store)_|\bs_(barrier)\b"),
+}
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("dtypes", [("bf16", "bf16", "fp32"), ("bf16", "fp16", "fp32"),
+                                    ("fp32", "bf16", "fp16")], ids="/".join)  # fmt: skip
+@pytest.mark.parametrize("name", ["rmsprop, all of torch", "rprop", "rprop-", "rprop+", "irprop+"])
+def test_no_thread_stores_what_others_have_yet_to_load(name, dtypes, target):
+    """Where dtypes differ, a thread may load some elements of a tensor and store others."""
+    backend = TARGETS[target].backend
+    form, pattern = ACCESSES[backend]
+    text = compile_kernel(KERNELS[name], dtypes, TARGETS[target]).asm[form]
+    found = ["".join(filter(None, match))[0] for match in re.findall(pattern, text)]
+    order = "".join(found).replace("st", "s")
+    assert not re.search("ls", order), order
+    assert re.search("lb+s", order)
+
+
+@pytest.mark.skipif(not arithmetic.TINY_ROOTS_FAIL.value, reason="of triton 3.6 alone")
+@pytest.mark.parametrize("target, scaled", [("gfx942", True), ("gfx950", True), ("sm_90", False)])
+def test_tiny_numbers_are_scaled_for_their_root_where_they_must_be(target, scaled):
+    text = compile_kernel(KERNELS["rmsprop"], ("fp32", "fp32", "fp32"), TARGETS[target]).asm["ttir"]
+    assert ("1.84467441E+19" in text) == scaled  # 2**64
 
 
 LAUNCH = """
