@@ -221,6 +221,10 @@ STRANGE = {
 @pytest.mark.parametrize("kwargs", STRANGE.values(), ids=STRANGE)
 def test_rprop_options_of_other_types(kwargs, device):
     params = parameters([(5,), (64,)], device=device)
+    kwargs = {  # torch clamps by tensors of the same device
+        key: tuple(v.to(device) if isinstance(v, torch.Tensor) else v for v in pair)
+        for key, pair in kwargs.items()
+    }
     ours, theirs, copies = twins("Rprop", params, lr=0.1, **kwargs)
     follow(ours, theirs, params, copies, 5)
 
