@@ -46,11 +46,12 @@ class Tables:
         capturing = is_capturing(self.device)
         key = _stream(self.device), grads
         if not capturing:
-            if self._last is not None and self._last[0] == key:
-                return self._last[1]
-            found = self._recent.get(key)
+            last = self._last  # another thread may replace it, as optimizers share a norm's tables
+            if last is not None and last[0] == key:
+                return last[1]
+            found = self._recent.pop(key, None)
             if found is not None:
-                self._recent.move_to_end(key)
+                self._recent[key] = found  # the most recent one
                 self._last = key, found[1]
                 return found[1]
         if capturing:

@@ -120,6 +120,19 @@ def test_interpreted_captures_need_a_step_before(name, capture):
 
 
 @interpreted
+def test_interpreted_capture_does_not_wait_for_lr(capture, monkeypatch):
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = OURS["Rprop"]([param], lr=torch.tensor(0.01))
+    first = optimizer._layouts[0].first
+    capture["on"] = True
+    with monkeypatch.context() as on_device:
+        on_device.setattr(torch.Tensor, "is_cpu", False, raising=False)
+        with pytest.raises(RuntimeError, match="take the first step before a graph captures one"):
+            first.begin(optimizer.param_groups[0]["lr"], optimizer.state, False)
+
+
+@interpreted
 def test_interpreted_op_needs_a_call_before(capture):
     arguments = [[torch.ones(3)], [torch.ones(3)], [torch.zeros(3)], [], [], []]
     capture["on"] = True

@@ -69,6 +69,10 @@ class FirstStep:
             if "step_size" not in entry:  # taken away: torch makes it again
                 continue
             step_size = local(entry["step_size"])
+            if isinstance(lr, Tensor) and not lr.is_cpu and is_capturing(param.device):
+                raise RuntimeError(
+                    "step sizes start from lr: take the first step before a graph captures one"
+                )
             start = rounded(float(lr), step_size.dtype)
             if start != value:
                 if is_capturing(param.device):

@@ -29,6 +29,7 @@ def pack(params: Iterable[Tensor]) -> bool:
         except torch.OutOfMemoryError:
             break
         torch._foreach_copy_(pieces, list(batch))
+        _await_copies(batch)
         for param, piece in zip(batch, pieces, strict=True):
             param.data = piece
         packed = True
@@ -84,10 +85,20 @@ def pack_state(state: Mapping[Tensor, Any], params: Sequence[Tensor], keys: Sequ
             like, alignment = (old, 1) if key == "step" else (batch, slab.ALIGNMENT)
             new, _ = slab.allocate(like, old[0].dtype, old[0].device, alignment)
             torch._foreach_copy_(new, old)
+            _await_copies(old)
             packed = True
             for tensor, piece in zip(old, new, strict=True):
                 tensor.data = piece
     return packed
+
+
+def _await_copies(tensors: Sequence[Tensor]) -> None:
+    """Keeps their memory, which may be another stream's, until the current stream has read it."""
+    device = tensors[0].device
+    if device.type != "cpu":
+        stream = torch.accelerator.current_stream(device)
+        for tensor in tensors:
+            tensor.detach().record_stream(stream)
 
 
 _SCALAR = torch.empty((), device="meta")

@@ -101,6 +101,7 @@ class Sweep:
         Gradients count `factor` times.
         `step`, if the rule takes it, is a number, or a tensor with the number of each tensor.
         """
+        factor = None if factor is None else factor.cpu()  # of a norm over several devices
         steps = hyper["step"].tolist() if isinstance(hyper.get("step"), Tensor) else None
         for span, views, gapless in zip(self.spans, self._grads, self._gapless, strict=True):
             for part in _stretches(span, grads, steps):
