@@ -57,6 +57,13 @@ def test_no_thread_stores_what_others_have_yet_to_load(name, dtypes, target):
     assert re.search("lb+s", order)
 
 
+@pytest.mark.parametrize("name", ["rmsprop, all", "irprop+, scaled", "norm"])
+def test_nothing_is_approximated_or_flushed(name):
+    text = compile_kernel(KERNELS[name], ("fp32", "fp32", "fp32"), TARGETS["sm_90"]).asm["ptx"]
+    assert not re.search(r"\.(approx|ftz|full)\b", text)
+    assert len(re.findall(r"\b(?:sqrt|div)\.rn\.f32", text)) >= (name == "rmsprop, all")
+
+
 @pytest.mark.skipif(not arithmetic.TINY_ROOTS_FAIL.value, reason="of triton 3.6 alone")
 @pytest.mark.parametrize("target, scaled", [("gfx942", True), ("gfx950", True), ("sm_90", False)])
 def test_tiny_numbers_are_scaled_for_their_root_where_they_must_be(target, scaled):
