@@ -130,9 +130,12 @@ class Bucket:
             else:
                 for part in present(span, grads):
                     flat[part].add_(one)
-        for index in self._lone_steps:
-            if grads[index] is not None:
-                self._found[0][index].add_(one)
+        lone = [self._found[0][i] for i in self._lone_steps if grads[i] is not None]
+        if lone and not lone[0].is_cpu and len(set(map(id, lone))) == len(lone):
+            torch._foreach_add_(lone, one)  # else a launch for each
+        else:
+            for step in lone:
+                step.add_(one)
 
     def counts(self) -> float | Tensor:
         """The number of steps: of all parameters if it is one and the host knows it, or of each."""
