@@ -371,3 +371,36 @@ def test_wrong_options_of_inductor(wrong):
     with pytest.raises(Exception, match="bogus"):
         step()
     assert torch.equal(param, torch.ones(3))
+
+
+def test_a_smaller_last_batch():
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.RMSprop(model.parameters())
+
+    @torch.compile(backend="tritonopt")
+    def train(x, y):
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    for batch in (8, 8, 5):
+        train(torch.randn(batch, 3), torch.randn(batch, 2))
+
+
+def test_what_autograd_differentiates_is_left():
+    def gradient(fn):
+        w = torch.arange(1.0, 6.0, requires_grad=True)
+        fn(w, torch.ones(5)).backward()
+        return w.grad
+
+    def fn(w, g):
+        p, average, step = w.sin(), torch.ones_like(w), torch.zeros(())
+        torch.optim.rmsprop.rmsprop(
+            [p], [g], [average], [], [], [step], foreach=False, differentiable=True, lr=0.1,
+            alpha=0.9, eps=1e-8, weight_decay=1.0, momentum=0.0, centered=False,
+        )  # fmt: skip
+        return p.square().sum()
+
+    torch.testing.assert_close(gradient(torch.compile(fn, backend="tritonopt")), gradient(fn))

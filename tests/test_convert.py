@@ -1,6 +1,9 @@
 """`from_torch`: the optimizer becomes ours where it stands, and trains on as torch's would."""
 
 import copy
+import functools
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -90,3 +93,30 @@ def test_a_replaced_step_is_refused():
     with pytest.raises(TypeError, match="step was replaced"):
         tritonopt.from_torch(optimizer)
     assert type(optimizer) is torch.optim.RMSprop
+
+
+HOOKED = """
+import torch, tritonopt
+param = torch.nn.Parameter(torch.ones(2))
+optimizer = torch.optim.RMSprop([param])
+scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
+calls = []
+optimizer.register_step_pre_hook(lambda *_: calls.append(1))
+tritonopt.from_torch(optimizer)
+param.grad = torch.ones(2)
+optimizer.step()
+assert calls == [1]
+"""
+
+
+def test_hooks_are_called_where_no_optimizer_of_ours_was_built():
+    subprocess.run([sys.executable, "-c", HOOKED], check=True)
+
+
+def test_a_wrapper_over_a_schedulers_is_refused(name):
+    optimizer = getattr(torch.optim, name)([torch.nn.Parameter(torch.ones(2))])
+    torch.optim.lr_scheduler.StepLR(optimizer, 10)
+    inner = optimizer.step
+    optimizer.step = functools.wraps(inner)(lambda *args: inner(*args))
+    with pytest.raises(TypeError, match="step was replaced"):
+        tritonopt.from_torch(optimizer)

@@ -7,6 +7,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch.optim import lr_scheduler
 
 from tritonopt.rmsprop import RMSprop
 from tritonopt.rprop import Rprop
@@ -46,14 +47,21 @@ def from_torch(optimizer: torch.optim.Optimizer) -> RMSprop | Rprop:
             f"from_torch takes torch.optim.RMSprop or torch.optim.Rprop, not {type(optimizer)!r}"
         )
     wrapped = vars(optimizer).get("step")
-    if wrapped is not None and not hasattr(wrapped, "_wrapped_by_lr_sched"):
+    if wrapped is not None and not _is_by_scheduler(wrapped):
         raise TypeError("the optimizer's step was replaced: call from_torch before that")
     optimizer.__class__ = ours
     assert isinstance(optimizer, (RMSprop, Rprop))
+    optimizer._patch_step_function()  # torch's constructor does: hooks are called by what it makes
     if wrapped is not None:
         optimizer.step = _noticed_by_schedulers(optimizer)  # type: ignore[method-assign]
     optimizer._adopt()
     return optimizer
+
+
+def _is_by_scheduler(step: Any) -> bool:
+    """Whether a scheduler wrapped it last: other wrappers may have copied the mark."""
+    made_in = getattr(step, "__globals__", {}).get("__name__")
+    return made_in == lr_scheduler.__name__ and hasattr(step, "_wrapped_by_lr_sched")
 
 
 def _noticed_by_schedulers(optimizer: RMSprop | Rprop) -> Any:

@@ -121,6 +121,8 @@ class Rewrite:
             return f"{title}, but its gradient is changed before the step ends"
         if update.lr is not None and (match.lr is None or not _is_scalar(trace, match.lr)):
             return f"{title}, but its lr is no tensor with one element"
+        if any(self._is_differentiated(write) for s in match.segments for write in s.writes):
+            return f"{title}, but autograd differentiates it"
         holders = [trace.holders[s.memory] for s in match.segments]
         tensors = [trace.tensor(node) for node in (*holders, match.grad)]
         first = tensors[0]
@@ -133,6 +135,17 @@ class Rewrite:
         if first.dtype not in (*HALF_OR_SINGLE, torch.float64) or not path(first.device)[0]:
             return f"{title}, but of {first.dtype} tensors on {first.device}"
         return None
+
+    def _is_differentiated(self, node: Node) -> bool:
+        """Whether autograd looks on, as it does where nobody has switched it off."""
+        enabled = torch.is_grad_enabled()  # where the graph begins
+        for other in self.module.graph.nodes:
+            if other is node:
+                break
+            if other.target is torch._C._set_grad_enabled:
+                enabled = bool(other.args[0])
+        tensors = map(self.trace.tensor, (node, *node.all_input_nodes))
+        return enabled and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
     def _carrier(self, term: int, position: int) -> Node | None:
         """A node in whose memory the value lies at a position."""
@@ -200,15 +213,21 @@ class Rewrite:
         for bucket in buckets:
             end = ends[id(bucket[0].param)]
             for match in bucket:
-                terms = [match.update.grad, *([] if match.lr is None else [match.update.lr])]
-                if any(self._carrier(term, end) is None for term in terms):  # type: ignore[arg-type]
-                    bad.add(id(match.param))
+                for term, node in ((match.update.grad, match.grad), (match.update.lr, match.lr)):
+                    if node is not None and self._carrier(term, end) is not node:  # type: ignore[arg-type]
+                        bad.add(id(match.param))
 
         # Everybody else looks before the first write or after the op.
         looks: dict[int, list[int]] = {}
         for node in self.live - self.writes:
             for memory in self.trace.accesses(node):
                 looks.setdefault(memory, []).append(self.trace.position[node])
+        for match in (match for bucket in buckets for match in bucket):  # so do the ops
+            for node in (match.grad, match.lr):
+                if node is not None:
+                    read = self.trace.memory(node)
+                    assert read is not None
+                    looks.setdefault(read, []).append(ends[id(match.param)])
         for segment in replaced:
             first, end = self.trace.position[segment.writes[0]], ends[id(segment)]
             tensor = self.trace.tensor(self.trace.holders[segment.memory])

@@ -254,6 +254,8 @@ class Trace:
         if kind == "copy" and len({t.dtype for t in tensors}) > 1:
             raise Unknown
         several = [t for t in tensors if t.dim() and t.dtype != torch.bool]
+        if not all(isinstance(n, int) for t in several for n in t.size()):  # symbols: no parameter
+            raise Unknown
         if len({(t.dtype, t.size()) for t in several}) > 1:
             raise Unknown
 
@@ -296,7 +298,8 @@ def _name(node: Node) -> tuple[str, bool]:
     if node.target is operator.getitem:
         return "getitem", False
     if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.partition("::")[2], False
+        namespace, _, name = node.target._schema.name.partition("::")
+        return name if namespace in ("aten", "prims") else "", False
     if getattr(node.target, "__module__", None) not in (None, "torch", "_operator", "torch._C"):
         return "", False
     name = getattr(node.target, "__name__", "")
