@@ -397,7 +397,7 @@ def test_what_autograd_differentiates_is_left():
 
     def fn(w, g):
         p, average, step = w.sin(), torch.ones_like(w), torch.zeros(())
-        torch.optim.rmsprop.rmsprop(
+        rmsprop(
             [p], [g], [average], [], [], [step], foreach=False, differentiable=True, lr=0.1,
             alpha=0.9, eps=1e-8, weight_decay=1.0, momentum=0.0, centered=False,
         )  # fmt: skip
