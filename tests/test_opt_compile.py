@@ -329,3 +329,15 @@ def test_options_that_are_tensors_may_be_written_to(option, kind, backend):
         shared[...] = value
         step_both(ours, theirs)
         assert_close(ours, theirs, rtol=1e-4 if backend else 0.0)
+
+
+def test_constants_that_change_often():
+    """Each set has a graph with a code of its own, or dynamo's limit would end compiling."""
+    (param,) = parameters([(40,)])
+    optimizer = tritonopt.RMSprop([param])
+    optimizer.compile(backend="eager")
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for number in range(5):
+            optimizer.param_groups[0]["weight_decay"] = number / 10
+            param.grad = torch.ones_like(param)
+            optimizer.step()

@@ -44,7 +44,6 @@ class CompiledSweep(Sweep):
     ) -> None:
         super().__init__(rule, params, columns)
         self.kwargs = kwargs
-        self._graphs: dict[bool, Graph] = {}  # by whether many elements are updated at once
         self._shortcuts: dict[tuple[int, torch.dtype], Shortcut] = {}  # of gradients
 
     def _piece(self, params: Sequence[Tensor]) -> int:
@@ -73,11 +72,8 @@ class CompiledSweep(Sweep):
         bare = [None if flat is None else _bare(flat) for flat in flats]
         grad = _bare(grad)
         numel = grad.numel()
-        graph = self._graphs.get(numel > SERIAL)
-        if graph is None:
-            dtypes = [flat if flat is None else flat.dtype for flat in (*flats, grad)]
-            graph = _graph(self.rule, dtypes, numel > SERIAL, live, self.kwargs)
-            self._graphs[numel > SERIAL] = graph
+        dtypes = [flat if flat is None else flat.dtype for flat in (*flats, grad)]
+        graph = _graph(self.rule, dtypes, numel > SERIAL, live, self.kwargs)
         # Else dynamo makes symbols of floats, and bakes in their values without a guard.
         with torch._dynamo.config.patch(specialize_float=True):
             ran = graph.run(self.rule, self.dtype, bare, grad, live)
