@@ -62,6 +62,7 @@ class Rewrite:
         ours = sum(getattr(n.target, "namespace", "") == "tritonopt" for n in module.graph.nodes)
         self.report = Report(nodes=len(module.graph.nodes), ours=ours)
         self.trace = Trace(module)
+        self.differentiated = self._differentiated()
         self.by_leaf = {segment.leaf: segment for segment in self.trace.segments}
         self.by_term: dict[int, list[Segment]] = {}
         for segment in self.trace.segments:
@@ -121,7 +122,7 @@ class Rewrite:
             return f"{title}, but its gradient is changed before the step ends"
         if update.lr is not None and (match.lr is None or not _is_scalar(trace, match.lr)):
             return f"{title}, but its lr is no tensor with one element"
-        if any(self._is_differentiated(write) for s in match.segments for write in s.writes):
+        if any(write in self.differentiated for s in match.segments for write in s.writes):
             return f"{title}, but autograd differentiates it"
         holders = [trace.holders[s.memory] for s in match.segments]
         tensors = [trace.tensor(node) for node in (*holders, match.grad)]
@@ -136,16 +137,18 @@ class Rewrite:
             return f"{title}, but of {first.dtype} tensors on {first.device}"
         return None
 
-    def _is_differentiated(self, node: Node) -> bool:
-        """Whether autograd looks on, as it does where nobody has switched it off."""
+    def _differentiated(self) -> set[Node]:
+        """The nodes at which autograd looks on: it does where nobody has switched it off."""
         enabled = torch.is_grad_enabled()  # where the graph begins
-        for other in self.module.graph.nodes:
-            if other is node:
-                break
-            if other.target is torch._C._set_grad_enabled:
-                enabled = bool(other.args[0])
-        tensors = map(self.trace.tensor, (node, *node.all_input_nodes))
-        return enabled and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+        found = set()
+        for node in self.module.graph.nodes:
+            if node.target is torch._C._set_grad_enabled:
+                enabled = bool(node.args[0])
+            elif enabled:
+                tensors = map(self.trace.tensor, (node, *node.all_input_nodes))
+                if any(tensor is not None and tensor.requires_grad for tensor in tensors):
+                    found.add(node)
+        return found
 
     def _carrier(self, term: int, position: int) -> Node | None:
         """A node in whose memory the value lies at a position."""
