@@ -51,10 +51,9 @@ def from_torch(optimizer: torch.optim.Optimizer) -> RMSprop | Rprop:
         raise TypeError("the optimizer's step was replaced: call from_torch before that")
     optimizer.__class__ = ours
     assert isinstance(optimizer, (RMSprop, Rprop))
-    optimizer._patch_step_function()  # torch's constructor does: hooks are called by what it makes
+    optimizer._adopt()  # first, as it gives the class the step that calls hooks
     if wrapped is not None:
         optimizer.step = _noticed_by_schedulers(optimizer)  # type: ignore[method-assign]
-    optimizer._adopt()
     return optimizer
 
 
