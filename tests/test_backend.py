@@ -117,6 +117,11 @@ def returns_parameter(p, g, v, s, n):
     return (p[0] * 1,)
 
 
+def returns_copies(p, g, v, s, n):
+    rmsprop(p, g, v, [], [], n, foreach=False, **HYPER)
+    return [p[0].clone(), v[1].repeat(1, 1), torch.cat([p[2]])]
+
+
 def masks(p, g, v, s, n):
     rprop(p, g, s, v, n, foreach=False, capturable=False, **ETAS)
     return ()
@@ -172,7 +177,8 @@ def state_rounded(p, g, v, s, n):
 
 RECOGNISED = {
     read_before_and_after: 3, clip_then_zero: 3, computed_gradients: 3, model_and_step: 3,
-    returns_parameter: 3, masks: 3, masks_foreach: 3, two_groups: 3, without_steps: 3,
+    returns_parameter: 3, returns_copies: 3, masks: 3, masks_foreach: 3, two_groups: 3,
+    without_steps: 3,
     complex_parameters: 3, gradients_through_int8: 3, gradient_broadcast: 3,
     state_rounded: 3,
 }  # fmt: skip
@@ -275,6 +281,7 @@ def test_other_graphs(function, count):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
     for left, right in zip(result, expected, strict=True):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
+    assert {t.data_ptr() for t in result}.isdisjoint(t.data_ptr() for t in sum(ours, []))
     (report,) = reports
     assert sum(int(line.split()[2]) for line in report.replaced) == count, str(report)
 

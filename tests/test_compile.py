@@ -114,6 +114,50 @@ def test_reads_of_step_before_and_after(name, backend):
     assert_close(ours, theirs)
 
 
+COPIES = {
+    "clone": torch.clone,
+    "clone of a view": lambda t: t.detach().view(-1).clone(),
+    "cat": lambda t: torch.cat([t.view(-1)]),
+    "repeat": lambda t: t.view(-1).repeat(1),
+}
+
+
+@pytest.mark.parametrize("copy", COPIES)
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_between_steps_are_copies(name, copy):
+    ours, theirs = optimizers(name, parameters(((3, 5), (7,))))
+
+    def snapshots(optimizer):
+        found = []
+        for _ in range(2):
+            optimizer.step()
+            for param, state in optimizer.state.items():
+                found += [COPIES[copy](t) for t in (param, *state.values()) if t.dim()]
+        return found
+
+    compiled = torch.compile(snapshots, fullgraph=True)
+    with torch.no_grad():
+        for _ in range(2):
+            give_gradients(ours, theirs)
+            torch.testing.assert_close(compiled(ours), snapshots(theirs), rtol=0, atol=0)
+    assert_close(ours, theirs)
+
+
+def test_a_pass_of_ones_own_stays():
+    """It is the only thing that copies need of Inductor, for the time of one compilation."""
+    seen = []
+    (param,) = parameters(((3, 5),))
+    optimizer = OURS["RMSprop"]([param])
+    param.grad = torch.ones_like(param)
+    with torch._inductor.config.patch(joint_custom_pre_pass=seen.append):
+        torch.compile(optimizer.step)()
+    assert len(seen) == 1
+    torch._dynamo.reset()
+    torch.compile(optimizer.step)()
+    assert torch._inductor.config.joint_custom_pre_pass is None
+    assert not torch._dynamo.callback_handler.end_callbacks
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_scalars_of_float64(name, backend):

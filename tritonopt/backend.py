@@ -45,7 +45,7 @@ def tritonopt(
         reports.append(rewrite.report)
     if replaced and _is_update_only(module):
         return _Calls(module)
-    return inductor(module, inputs, mode=mode, options=options)
+    return inductor(module, inputs, mode=mode, options=options, has_ops=bool(replaced))
 
 
 class Explanation(list[Report]):

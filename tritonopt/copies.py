@@ -1,0 +1,65 @@
+"""Keeps Inductor's hands off copies of what an op writes in a graph.
+
+Inductor drops copies of tensors that nothing else writes to, while what an op writes is still a
+tensor of its own; then it lets the op write in place, and who had asked for a copy of a parameter
+gets the parameter (torch 2.11 to 2.15). What is computed, it does not drop.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch._dynamo.callback import callback_handler
+from torch._higher_order_ops.auto_functionalize import auto_functionalized, auto_functionalized_v2
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.fx_utils import get_node_storage
+from torch.fx import Graph, Node
+
+
+class KeepCopies(CustomGraphPass):
+    """A pass of Inductor: copies of what our ops have written become computed values."""
+
+    def __call__(self, graph: Graph) -> None:
+        from torch._inductor.fx_passes.post_grad import noop_registry
+
+        written = {get_node_storage(user) for node in _calls(graph) for user in node.users}
+        written.discard(None)
+        for node in graph.nodes:
+            if node.target in noop_registry and get_node_storage(node) not in written:
+                for source in node.all_input_nodes:
+                    if get_node_storage(source) in written:
+                        with graph.inserting_before(node):
+                            node.replace_input_with(source, _computed(graph, source))
+
+    def uuid(self) -> bytes:
+        """For the caches of what was compiled."""
+        return get_hash_for_files((__file__,))
+
+
+def _calls(graph: Graph) -> list[Node]:
+    functional = (auto_functionalized, auto_functionalized_v2)
+    nodes = [node for node in graph.nodes if node.target in functional]
+    return [node for node in nodes if getattr(node.args[0], "namespace", "") == "tritonopt"]
+
+
+def _computed(graph: Graph, source: Node) -> Node:
+    """The same values, negated twice."""
+    for _ in range(2):
+        value = source.meta["val"]
+        source = graph.call_function(torch.ops.aten.neg.default, (source,))
+        with value.fake_mode:
+            source.meta["val"] = torch.ops.aten.neg.default(value)
+    return source
+
+
+def keep_in_this_compilation() -> None:
+    """From now, while a graph is being traced, until it is compiled: if there is no pass yet."""
+    if config.joint_custom_pre_pass is None:
+        own = config.joint_custom_pre_pass = KeepCopies()
+
+        def end(_: object) -> None:
+            callback_handler.remove_end_callback(end)
+            if config.joint_custom_pre_pass is own:
+                config.joint_custom_pre_pass = None
+
+        callback_handler.register_end_callback(end)
