@@ -166,7 +166,7 @@ def test_what_is_pickled(name):
     ours = OURS[name](params)
     give_gradients(params, params)
     ours.step()
-    assert set(ours.__getstate__()) == {"defaults", "state", "param_groups"}
+    assert {*ours.__getstate__()} - {"_made_with"} == {"defaults", "state", "param_groups"}
     copied = pickle.loads(pickle.dumps(ours))
     assert all(map(torch.equal, tensors(copied), tensors(ours)))
     assert copied.defaults == ours.defaults
@@ -267,6 +267,80 @@ def test_state_of_other_parameters_survives(name):
     give_gradients(params, params)
     ours.step()
     assert ours.state[99] == {"kept": 1}
+
+
+# Copied before the first step, when torch has no state: it is made again, not taken as given.
+
+
+def loaded(optimizer):
+    optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+    return optimizer
+
+
+def cast(optimizer):
+    for param in optimizer.param_groups[0]["params"]:
+        param.data = param.data.double()
+
+
+def reshaped(optimizer):
+    for param in optimizer.param_groups[0]["params"]:
+        param.data = torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last)
+
+
+COPY = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda o: pickle.loads(pickle.dumps(o)),
+    "load": loaded,
+}
+CHANGE = {
+    "lr": lambda o: o.param_groups[0].update(lr=0.3),
+    "momentum": lambda o: o.param_groups[0].update(momentum=0.9, centered=True),
+    "cast": cast,
+    "reshaped": reshaped,
+}
+
+
+@pytest.mark.parametrize("change", CHANGE)
+@pytest.mark.parametrize("way", COPY)
+def test_copied_before_the_first_step(name, way, change):
+    params = parameters([(3, 5), (), (40,)])
+    optimizers = []
+    for kind, options in ((OURS[name], {}), (TORCH[name], {"foreach": False})):
+        optimizer = kind([{"params": copy.deepcopy(params), "lr": 0.02}], **options)
+        optimizer.param_groups[0]["lr"] = 0.2
+        optimizers.append(COPY[way](optimizer))
+        CHANGE[change](optimizers[-1])
+    params, copies = (optimizer.param_groups[0]["params"] for optimizer in optimizers)
+    follow(*optimizers, params, copies, 3)
+
+
+def test_two_that_load_the_same_before_the_first_step(name):
+    """As torch's: each makes state of its own."""
+    first, second = parameters([(9,)]), parameters([(9,)])
+    ours = [OURS[name](some, lr=0.1) for some in (first, second)]
+    theirs = TORCH[name]([nn.Parameter(second[0].detach().clone())], lr=0.1)
+    ours[1].load_state_dict(ours[0].state_dict())
+    give_gradients(first, second)
+    ours[0].step()
+    follow(ours[1], theirs, second, theirs.param_groups[0]["params"])
+
+
+@pytest.mark.parametrize("value, stays", [(0.1, True), (0.02, False)])
+def test_step_sizes_of_a_checkpoint(value, stays):
+    """Those that are no lr of its groups are given, and stay whatever becomes of lr."""
+    params = parameters([(3, 5), (4,)])
+    optimizer = OURS["Rprop"](params, lr=0.02)
+    state = optimizer.state_dict()
+    for entry in state["state"].values():
+        entry["step_size"] = torch.full_like(entry["step_size"], value)
+    optimizer.load_state_dict(state)
+    for step in range(4):  # the second parameter's state is packed before its first gradient
+        optimizer.param_groups[0]["lr"] = 0.5
+        params[0].grad = torch.ones(3, 5)
+        params[1].grad = torch.ones(4) if step == 3 else None
+        optimizer.step()
+    start = value if stays else 0.5
+    torch.testing.assert_close(optimizer.state[params[1]]["step_size"], torch.full((4,), start))
 
 
 def test_step_sizes_loaded_in_place():

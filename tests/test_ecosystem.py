@@ -123,9 +123,14 @@ def test_grad_scaler_skips_infinite_steps(name):
     assert scale == expected and ours["steps"].tolist() == [4.0] * 4
 
 
-def test_cast_before_the_first_step(name):
+class Named(torch.nn.Parameter):
+    """As libraries have them, to mark parameters."""
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Parameter, Named])
+def test_cast_before_the_first_step(name, kind):
     """State exists from construction on; it must follow a model that is cast afterwards."""
-    params = parameters()
+    params = [kind(p.detach()) for p in parameters()]
     ours, theirs, copies = twins(name, params)
     for param in (*params, *copies):
         param.data = param.data.double()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -24,7 +24,7 @@ class FirstStep:
     the device knows.
     """
 
-    def __init__(self, layout: Layout, made_with: list[float]) -> None:
+    def __init__(self, layout: Layout, made_with: Iterable[float]) -> None:
         """`made_with`: the lr that step sizes may have been made with."""
         self.unused = [
             (param, float(local(entry["step_size"]).flatten()[0]))
@@ -35,7 +35,7 @@ class FirstStep:
             and not param.is_complex()
             and local(param).numel()
             and is_unused(entry)
-            and _may_be_made(local(entry["step_size"]), made_with)
+            and is_made_with(made_with, local(entry["step_size"]))
         ]
         self.perhaps: list[tuple[Tensor, float]] = []
         self.lr: Any = None
@@ -110,12 +110,12 @@ def is_unused(entry: dict[str, Any]) -> bool:
     return bool(low == high) and not bool(prev.any())
 
 
-def _may_be_made(step_size: Tensor, made_with: list[float]) -> bool:
-    """Whether step sizes were made here, as far as can be told: copies do not lie in a slab."""
-    if slab.find(step_size) is not None:
+def is_made_with(lrs: Iterable[float], step_size: Tensor) -> bool:
+    """Whether step sizes, which are all the same, have the value of one of these, or none."""
+    if not step_size.numel():
         return True
     value = float(step_size.flatten()[0])
-    return value in [rounded(lr, step_size.dtype) for lr in made_with]
+    return value in [rounded(lr, step_size.dtype) for lr in lrs]
 
 
 @lru_cache(256)

@@ -11,9 +11,9 @@ from torch import Tensor
 from tritonopt import packing, slab
 from tritonopt.bucket import Rule
 from tritonopt.device import is_capturing
-from tritonopt.eligible import why_not_native
+from tritonopt.eligible import is_plain, same_layout, why_not_native
 from tritonopt.layout import IMMUTABLE, Layout
-from tritonopt.shard import is_sharded, local
+from tritonopt.shard import is_sharded, local, same_shards
 from tritonopt.sweep import Sweep
 
 PATHS = ("capturable", "foreach", "differentiable")
@@ -59,8 +59,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """The value with which a state tensor begins."""
         return 0.0
 
-    def _is_as_new(self, entry: dict[str, Any]) -> bool:
-        """Whether state is as it was made."""
+    def _is_as_new(self, entry: dict[str, Any], groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether state is as it may have been made for a parameter in one of the groups."""
         return not any(bool(local(tensor).any()) for tensor in entry.values())
 
     def _deciding(self, group: dict[str, Any]) -> list[Any]:
@@ -182,15 +182,35 @@ class GroupedOptimizer(torch.optim.Optimizer):
 
     def _make_state(self, group: dict[str, Any], params: Iterable[Tensor]) -> None:
         """State for the parameters that have none yet, unless torch must make it itself."""
-        rule = self._rule(group)
-        if group["differentiable"]:
-            return
-        new = [p for p in params if why_not_native(p) is None and self._is_unmade(p, rule.keys)]
-        if not new:
-            return
-        on_device = group["capturable"] or has_fused_amp(self)
-        starts = {key: self._initial(key, group) for key in rule.keys}
-        packing.make_state(self.state, new, starts, on_device)
+        keys = self._rule(group).keys
+        if not group["differentiable"]:
+            new = [p for p in params if why_not_native(p) is None and self._is_unmade(p, keys)]
+            self._make(group, new)
+
+    def _make_again(self, group: dict[str, Any]) -> None:
+        """Makes loaded or copied state again that no step has used yet.
+
+        It is ours then. torch would have copied nothing: so no two optimizers may share it.
+        """
+        keys = self._rule(group).keys
+        if not group["differentiable"]:
+            self._make(group, [p for p in group["params"] if self._is_copy(group, p, keys)])
+
+    def _make(self, group: dict[str, Any], params: Sequence[Tensor]) -> None:
+        if params:
+            on_device = group["capturable"] or has_fused_amp(self)
+            starts = {key: self._initial(key, group) for key in self._rule(group).keys}
+            packing.make_state(self.state, params, starts, on_device)
+
+    def _is_copy(self, group: dict[str, Any], param: Tensor, keys: Sequence[str]) -> bool:
+        entry = self.state.get(param, {})
+        return (
+            entry.keys() == {"step", *keys}
+            and why_not_native(param) is None
+            and all(isinstance(v, Tensor) and is_plain(local(v)) for v in entry.values())
+            and _fits(entry, param, keys)
+            and self._is_as_new(entry, [group])
+        )
 
     def _is_unmade(self, param: Tensor, keys: Sequence[str]) -> bool:
         """Whether a parameter has no state, or one as new that does not fit it any more.
@@ -203,11 +223,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             return True
         if not all(map(_may_be_ours, entry.values())):
             return False
-        fits = all(
-            key in entry and (entry[key].dtype, entry[key].device) == (param.dtype, param.device)
-            for key in keys
-        )
-        return not fits and self._is_as_new(entry)
+        return not _fits(entry, param, keys) and self._is_as_new(entry, self.param_groups)
 
     def _pack_moved(self, group: dict[str, Any], layout: Layout) -> bool:
         """Packs what left the slabs; no parameter of an accelerator: graphs may know its place.
@@ -232,6 +248,17 @@ class GroupedOptimizer(torch.optim.Optimizer):
         packing.pack(movable)
         packing.pack_state(self.state, native, keys)
         return True
+
+
+def _fits(entry: dict[str, Any], param: Tensor, keys: Sequence[str]) -> bool:
+    """Whether state is of its parameter's kind and layout, as it is made."""
+    return all(
+        key in entry
+        and (entry[key].dtype, entry[key].device) == (param.dtype, param.device)
+        and same_shards(entry[key], param)
+        and same_layout(local(entry[key]), local(param))
+        for key in keys
+    )
 
 
 def _may_be_ours(value: Any) -> bool:

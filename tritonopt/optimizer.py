@@ -32,6 +32,7 @@ class SlabOptimizer(GroupedOptimizer):
 
     _lists: int  # that torch's `_init_group` fills
     _compile_kwargs: dict[str, Any] | None = None
+    _kept = frozenset({"max_grad_norm", "_step_supports_amp_scaling", "_compile_kwargs"})  # copied
     max_grad_norm: float | None = None  # over all groups
     grad_norm: Tensor | None = None  # before clipping, of the last step with max_grad_norm
 
@@ -56,8 +57,7 @@ class SlabOptimizer(GroupedOptimizer):
         self._begin_all(options or {})
 
     def __getstate__(self) -> dict[str, Any]:
-        names = {"max_grad_norm", "_step_supports_amp_scaling", "_compile_kwargs"}
-        kept = names & vars(self).keys()
+        kept = self._kept & vars(self).keys()
         return {**super().__getstate__(), **{name: vars(self)[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -68,6 +68,8 @@ class SlabOptimizer(GroupedOptimizer):
             for param, entry in self.state.items():
                 if isinstance(param, Tensor) and isinstance(entry.get("step"), Tensor):
                     entry["step"] = entry["step"].to(param.device)
+        for group in self.param_groups:
+            self._make_again(group)
         if self._compile_kwargs is not None:
             self.compile(**self._compile_kwargs)
 
@@ -273,6 +275,7 @@ class SlabOptimizer(GroupedOptimizer):
             self._before_update(group, layout)
         rest = {**group, "params": traced.fill(layout, lists[:count])}
         self._opt_called = True
+        traced.keep_copies()
         traced.check_reads(lists[:count])
         known = traced.are_known(lists[count - 1])
         has_complex = super()._init_group(rest, *lists[count:])  # type: ignore[misc]

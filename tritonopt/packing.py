@@ -62,7 +62,9 @@ def make_state(
 
 
 def _is_special(param: Tensor) -> bool:
-    return is_sharded(param) or type(param) not in (Tensor, torch.nn.Parameter)
+    """Whether what is made like it is no plain tensor."""
+    makes_plain = type(param).__torch_function__ is torch._C._disabled_torch_function_impl
+    return is_sharded(param) or not (type(param) is Tensor or makes_plain)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import repeat
 from operator import itemgetter
 from typing import Any
@@ -153,14 +154,14 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
     def _initial(self, key: str, group: dict[str, Any]) -> float:
         return float(self._option(group, "initial_scale")) if key == "square_avg" else 0.0
 
-    def _is_as_new(self, entry: dict[str, Any]) -> bool:
+    def _is_as_new(self, entry: dict[str, Any], groups: Sequence[dict[str, Any]]) -> bool:
         rest = {key: value for key, value in entry.items() if key != "square_avg"}
-        starts = {self._option(group, "initial_scale") for group in self.param_groups}
+        starts = {self._option(group, "initial_scale") for group in groups}
         average = entry.get("square_avg")
         fresh = average is None or any(
             torch.equal(average, torch.full_like(average, start)) for start in starts
         )
-        return fresh and super()._is_as_new(rest)
+        return fresh and super()._is_as_new(rest, groups)
 
     def _check(self, group: dict[str, Any]) -> None:
         if not 0.0 <= self._option(group, "initial_scale"):

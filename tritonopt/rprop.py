@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from tritonopt import eager
 from tritonopt.bucket import Rule
 from tritonopt.device import is_capturing
 from tritonopt.eager import VARIANTS
-from tritonopt.first_step import FirstStep, is_unused, rounded
+from tritonopt.first_step import FirstStep, is_made_with, is_unused, rounded
 from tritonopt.groups import PATHS
 from tritonopt.layout import Layout
 from tritonopt.optimizer import SlabOptimizer
+from tritonopt.shard import local
 
 _DECIDING = ("variant", *PATHS)
 
@@ -92,6 +94,8 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
     _loss: float  # of this step, for "irprop+"
     _loss_rose = False  # since the last one, for the group that is being updated
     _lists = 5
+    _made_with: frozenset[float] = frozenset()  # the lr of step sizes when they were made
+    _kept = SlabOptimizer._kept | {"_made_with"}
 
     def __init__(
         self,
@@ -137,7 +141,11 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         super()._check(group)
 
     def _initial(self, key: str, group: dict[str, Any]) -> float:
-        return float(group["lr"]) if key == "step_size" else 0.0
+        if key != "step_size":
+            return 0.0
+        lr = float(group["lr"])
+        self._made_with |= {lr}
+        return lr
 
     def _why_torch(self, group: dict[str, Any]) -> str | None:
         etaminus, etaplus = (rounded(float(eta), torch.float32) for eta in group["etas"])
@@ -208,16 +216,14 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
 
     # The first step.
 
-    def _is_as_new(self, entry: dict[str, Any]) -> bool:
-        return is_unused(entry)
+    def _is_as_new(self, entry: dict[str, Any], groups: Sequence[dict[str, Any]]) -> bool:
+        known = [group.get(key) for group in groups for key in ("lr", "initial_lr")]
+        lrs = [*self._made_with, *(float(lr) for lr in known if lr is not None)]
+        return is_unused(entry) and is_made_with(lrs, local(entry["step_size"]))
 
     def _look(self, index: int) -> Layout:
         layout = super()._look(index)
-        group = self.param_groups[index]
-        made_with = [group["lr"], group.get("initial_lr"), self.defaults["lr"]]
-        layout.first = FirstStep(  # type: ignore[attr-defined]
-            layout, [float(lr) for lr in made_with if lr is not None]
-        )
+        layout.first = FirstStep(layout, self._made_with)  # type: ignore[attr-defined]
         return layout
 
     def _settle(self, work: list[Any]) -> bool:
