@@ -156,12 +156,13 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
 
     def _is_as_new(self, entry: dict[str, Any], groups: Sequence[dict[str, Any]]) -> bool:
         rest = {key: value for key, value in entry.items() if key != "square_avg"}
-        starts = {self._option(group, "initial_scale") for group in groups}
+        if not super()._is_as_new(rest, groups):
+            return False
         average = entry.get("square_avg")
-        fresh = average is None or any(
+        starts = {self._option(group, "initial_scale") for group in groups}
+        return average is None or any(
             torch.equal(average, torch.full_like(average, start)) for start in starts
         )
-        return fresh and super()._is_as_new(rest, groups)
 
     def _check(self, group: dict[str, Any]) -> None:
         if not 0.0 <= self._option(group, "initial_scale"):
