@@ -2,7 +2,7 @@
 
 Inductor drops copies of tensors that nothing else writes to, while what an op writes is still a
 tensor of its own; then it lets the op write in place, and who had asked for a copy of a parameter
-gets the parameter (torch 2.11 to 2.15). What is computed, it does not drop.
+gets the parameter (torch 2.11 to 2.15). What is negated twice, it does not drop.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ class KeepCopies(CustomGraphPass):
         return get_hash_for_files((__file__,))
 
 
+_keep_copies = KeepCopies()
+
+
 def _calls(graph: Graph) -> list[Node]:
     functional = (auto_functionalized, auto_functionalized_v2)
     nodes = [node for node in graph.nodes if node.target in functional]
@@ -46,20 +49,21 @@ def _computed(graph: Graph, source: Node) -> Node:
     """The same values, negated twice."""
     for _ in range(2):
         value = source.meta["val"]
-        source = graph.call_function(torch.ops.aten.neg.default, (source,))
+        negate = torch.ops.aten.logical_not if value.dtype is torch.bool else torch.ops.aten.neg
+        source = graph.call_function(negate.default, (source,))
         with value.fake_mode:
-            source.meta["val"] = torch.ops.aten.neg.default(value)
+            source.meta["val"] = negate.default(value)
     return source
 
 
 def keep_in_this_compilation() -> None:
     """From now, while a graph is being traced, until it is compiled: if there is no pass yet."""
     if config.joint_custom_pre_pass is None:
-        own = config.joint_custom_pre_pass = KeepCopies()
+        config.joint_custom_pre_pass = _keep_copies
+    if _end not in callback_handler.end_callbacks:  # where it stays
+        callback_handler.register_end_callback(_end)
 
-        def end(_: object) -> None:
-            callback_handler.remove_end_callback(end)
-            if config.joint_custom_pre_pass is own:
-                config.joint_custom_pre_pass = None
 
-        callback_handler.register_end_callback(end)
+def _end(_: object) -> None:
+    if config.joint_custom_pre_pass is _keep_copies:
+        config.joint_custom_pre_pass = None

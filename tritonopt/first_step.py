@@ -26,17 +26,7 @@ class FirstStep:
 
     def __init__(self, layout: Layout, made_with: Iterable[float]) -> None:
         """`made_with`: the lr that step sizes may have been made with."""
-        self.unused = [
-            (param, float(local(entry["step_size"]).flatten()[0]))
-            for param, entry in zip(layout.params, layout.states, strict=True)
-            if entry
-            and "step_size" in entry
-            and is_plain(local(entry["step_size"]))
-            and not param.is_complex()
-            and local(param).numel()
-            and is_unused(entry)
-            and is_made_with(made_with, local(entry["step_size"]))
-        ]
+        self.unused = unused(layout.params, layout.states, made_with)
         self.perhaps: list[tuple[Tensor, float]] = []
         self.lr: Any = None
 
@@ -54,14 +44,15 @@ class FirstStep:
         entry["step_size"] = torch.full_like(param.grad, float(lr))
         return True
 
-    def begin(self, lr: Any, state: Mapping[Tensor, Any], may_be_skipped: bool) -> None:
+    def begin(self, lr: Any, state: Mapping[Tensor, Any], may_be_skipped: bool) -> bool:
         """Called before each update: step sizes of parameters that have a gradient become `lr`.
 
-        `may_be_skipped`: by the device, without the host's knowing.
+        `may_be_skipped`: by the device, without the host's knowing. Returns whether any became it.
         """
-        unused = self.unused + self._skipped(lr, state)
+        waiting = self.unused + self._skipped(lr, state)
         self.unused = []
-        for param, value in unused:
+        changed = False
+        for param, value in waiting:
             if param.grad is None:
                 self.unused.append((param, value))
                 continue
@@ -82,9 +73,11 @@ class FirstStep:
                 if not is_unused(entry):  # written to since: a checkpoint, loaded in place
                     continue
                 step_size.fill_(start)
+                changed = True
             if may_be_skipped:
                 self.perhaps.append((param, start))
                 self.lr = lr
+        return changed
 
     def _skipped(self, lr: Any, state: Mapping[Tensor, Any]) -> list[tuple[Tensor, float]]:
         """Those whose step was skipped, as far as it matters.
@@ -97,6 +90,23 @@ class FirstStep:
             return []
         asked, self.perhaps = self.perhaps, []
         return [entry for entry in asked if float(state[entry[0]]["step"]) == 0]
+
+
+def unused(
+    params: Iterable[Tensor], entries: Iterable[dict[str, Any] | None], made_with: Iterable[float]
+) -> list[tuple[Tensor, float]]:
+    """Parameters with step sizes that were made with one of these lrs and not used, and these."""
+    return [
+        (param, float(local(entry["step_size"]).flatten()[0]))
+        for param, entry in zip(params, entries, strict=True)
+        if entry
+        and "step_size" in entry
+        and is_plain(local(entry["step_size"]))
+        and not param.is_complex()
+        and local(param).numel()
+        and is_unused(entry)
+        and is_made_with(made_with, local(entry["step_size"]))
+    ]
 
 
 def is_unused(entry: dict[str, Any]) -> bool:

@@ -190,7 +190,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
     def _make_again(self, group: dict[str, Any]) -> None:
         """Makes loaded or copied state again that no step has used yet.
 
-        It is ours then. torch would have copied nothing: so no two optimizers may share it.
+        It is ours then. torch would have copied nothing: so no two optimizers may share it, but
+        processes may.
         """
         keys = self._rule(group).keys
         if not group["differentiable"]:
@@ -208,6 +209,7 @@ class GroupedOptimizer(torch.optim.Optimizer):
             entry.keys() == {"step", *keys}
             and why_not_native(param) is None
             and all(isinstance(v, Tensor) and is_plain(local(v)) for v in entry.values())
+            and not any(v.is_cpu and v.is_shared() for v in map(local, entry.values()))
             and _fits(entry, param, keys)
             and self._is_as_new(entry, [group])
         )

@@ -32,7 +32,6 @@ class SlabOptimizer(GroupedOptimizer):
 
     _lists: int  # that torch's `_init_group` fills
     _compile_kwargs: dict[str, Any] | None = None
-    _kept = frozenset({"max_grad_norm", "_step_supports_amp_scaling", "_compile_kwargs"})  # copied
     max_grad_norm: float | None = None  # over all groups
     grad_norm: Tensor | None = None  # before clipping, of the last step with max_grad_norm
 
@@ -57,7 +56,8 @@ class SlabOptimizer(GroupedOptimizer):
         self._begin_all(options or {})
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = self._kept & vars(self).keys()
+        names = {"max_grad_norm", "_step_supports_amp_scaling", "_compile_kwargs"}
+        kept = names & vars(self).keys()
         return {**super().__getstate__(), **{name: vars(self)[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from tritonopt import eager
 from tritonopt.bucket import Rule
 from tritonopt.device import is_capturing
 from tritonopt.eager import VARIANTS
-from tritonopt.first_step import FirstStep, is_made_with, is_unused, rounded
+from tritonopt.first_step import FirstStep, is_made_with, is_unused, rounded, unused
 from tritonopt.groups import PATHS
 from tritonopt.layout import Layout
 from tritonopt.optimizer import SlabOptimizer
@@ -95,7 +95,6 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
     _loss_rose = False  # since the last one, for the group that is being updated
     _lists = 5
     _made_with: frozenset[float] = frozenset()  # the lr of step sizes when they were made
-    _kept = SlabOptimizer._kept | {"_made_with"}
 
     def __init__(
         self,
@@ -218,7 +217,8 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
 
     def _is_as_new(self, entry: dict[str, Any], groups: Sequence[dict[str, Any]]) -> bool:
         known = [group.get(key) for group in groups for key in ("lr", "initial_lr")]
-        lrs = [*self._made_with, *(float(lr) for lr in known if lr is not None)]
+        known += [self.defaults["lr"], *self._made_with]
+        lrs = [float(lr) for lr in known if lr is not None]
         return is_unused(entry) and is_made_with(lrs, local(entry["step_size"]))
 
     def _look(self, index: int) -> Layout:
@@ -227,12 +227,14 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         return layout
 
     def _settle(self, work: list[Any]) -> bool:
+        lrs = [group["lr"] for group in self.param_groups]
         settled = [
             index
             for index, (layout, _) in enumerate(work)
-            if layout.first.settle(self.param_groups[index]["lr"], self.state)
+            if layout.first.settle(lrs[index], self.state)
         ]
         for index in settled:
+            self._made_with |= {float(lrs[index])}
             self._look(index)
         return bool(settled)
 
@@ -242,7 +244,27 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
             self._loss_rose = last is not None and sign * self._loss > sign * last
             group["last_loss"] = self._loss
         may_be_skipped = vars(self).get("found_inf") is not None  # else the host has seen to it
-        layout.first.begin(group["lr"], self.state, may_be_skipped)  # type: ignore[attr-defined]
+        if layout.first.begin(group["lr"], self.state, may_be_skipped):  # type: ignore[attr-defined]
+            self._made_with |= {float(group["lr"])}
+
+    def _start_from_lr(self) -> None:
+        """Now, as who copies the state does not copy what it was made with."""
+        for group in self.param_groups:
+            entries = [self.state.get(param) for param in group["params"]]
+            for param, value in unused(group["params"], entries, self._made_with):
+                step_size, lr = local(self.state[param]["step_size"]), float(group["lr"])
+                if rounded(lr, step_size.dtype) != value:
+                    step_size.fill_(lr)
+                    self._made_with |= {lr}
+                    self._layouts.clear()  # which know the value
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._start_from_lr()
+        return super().__getstate__()
+
+    def state_dict(self) -> dict[str, Any]:
+        self._start_from_lr()
+        return super().state_dict()
 
 
 def _torch_limits(group: dict[str, Any]) -> dict[str, Any]:
