@@ -145,6 +145,38 @@ def test_copies_between_steps_are_copies(name, copy):
     assert_close(ours, theirs)
 
 
+SCALARS = {
+    "computed": lambda p, state: p[0].exp() * 2,
+    "copied": lambda p, state: p[-1].clone(),
+    "of state": lambda p, state: next(t for t in state.values() if t.dim())[0].exp(),
+    "compared": lambda p, state: p[0] > 0.5,
+    "a view": lambda p, state: p.detach()[1],
+    "reduced": lambda p, state: p.mean(),
+}
+
+
+@pytest.mark.parametrize("scalar", SCALARS)
+@pytest.mark.parametrize("name", NAMES)
+def test_scalars_are_those_of_their_time(name, scalar):
+    """Read from larger tensors, before a step and between two."""
+    ours, theirs = optimizers(name, parameters(((5,),)), lr=0.5)
+
+    def read(optimizer):
+        ((param, state),) = optimizer.state.items()
+        found = []
+        for _ in range(2):
+            found.append(SCALARS[scalar](param, state))
+            optimizer.step()
+        return found
+
+    compiled = torch.compile(read, fullgraph=True)
+    with torch.no_grad():
+        for _ in range(2):
+            give_gradients(ours, theirs)
+            torch.testing.assert_close(compiled(ours), read(theirs))
+    assert_close(ours, theirs)
+
+
 def test_a_pass_of_ones_own_stays():
     """It is the only thing that copies need of Inductor, for the time of one compilation."""
     seen = []

@@ -1,8 +1,11 @@
-"""Keeps Inductor's hands off copies of what an op writes in a graph.
+"""Sees to it that a graph of Inductor returns what was read, when it was read (torch 2.11 to 2.15).
 
 Inductor drops copies of tensors that nothing else writes to, while what an op writes is still a
 tensor of its own; then it lets the op write in place, and who had asked for a copy of a parameter
-gets the parameter (torch 2.11 to 2.15). What is negated twice, it does not drop.
+gets the parameter. What is negated twice, it does not drop.
+
+And a result without dimensions it computes after the op that writes what the result is made of,
+unless another node of the graph needs it in memory before, as `as_strided` does.
 """
 
 from __future__ import annotations
@@ -17,12 +20,18 @@ from torch.fx import Graph, Node
 
 
 class KeepCopies(CustomGraphPass):
-    """A pass of Inductor: copies of what our ops have written become computed values."""
+    """A pass of Inductor: what copies our ops' results is computed, and scalars are in time."""
 
     def __call__(self, graph: Graph) -> None:
+        calls = _calls(graph)
+        if calls:
+            self._compute_copies(graph, calls)
+            self._store_scalars(graph, calls[-1])
+
+    def _compute_copies(self, graph: Graph, calls: list[Node]) -> None:
         from torch._inductor.fx_passes.post_grad import noop_registry
 
-        written = {get_node_storage(user) for node in _calls(graph) for user in node.users}
+        written = {get_node_storage(user) for node in calls for user in node.users}
         written.discard(None)
         for node in graph.nodes:
             if node.target in noop_registry and get_node_storage(node) not in written:
@@ -30,6 +39,18 @@ class KeepCopies(CustomGraphPass):
                     if get_node_storage(source) in written:
                         with graph.inserting_before(node):
                             node.replace_input_with(source, _computed(graph, source))
+
+    def _store_scalars(self, graph: Graph, last: Node) -> None:
+        result = graph.output_node()
+        inputs = {get_node_storage(node) for node in graph.find_nodes(op="placeholder")}
+        for node in result.all_input_nodes:
+            value = node.meta.get("val")
+            is_scalar = isinstance(value, torch.Tensor) and value.dim() == 0
+            if is_scalar and node < last and get_node_storage(node) not in inputs:
+                with graph.inserting_after(node):
+                    stored = graph.call_function(torch.ops.aten.as_strided.default, (node, [], []))
+                stored.meta["val"] = value
+                result.replace_input_with(node, stored)
 
     def uuid(self) -> bytes:
         """For the caches of what was compiled."""
