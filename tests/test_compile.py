@@ -120,8 +120,9 @@ COPIES = {
     "cat": lambda t: torch.cat([t.view(-1)]),
     "repeat": lambda t: t.view(-1).repeat(1),
     "bits": lambda t: t.detach().view(torch.int32).clone(),
-    "booleans": lambda t: t.detach().view(torch.bool).clone(),
 }
+if torch.__version__ >= "2.13":  # before, Inductor could not
+    COPIES["booleans"] = lambda t: t.detach().view(torch.bool).clone()
 
 
 @pytest.mark.parametrize("copy", COPIES)
