@@ -18,6 +18,10 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch._inductor.fx_utils import get_node_storage
 from torch.fx import Graph, Node
 
+_aten = torch.ops.aten
+ARITHMETIC = {_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.div.Tensor}
+"""Which Inductor takes for copies where the other operand is 0 or 1."""
+
 
 class KeepCopies(CustomGraphPass):
     """A pass of Inductor: what copies our ops' results is computed, and scalars are in time."""
@@ -34,7 +38,8 @@ class KeepCopies(CustomGraphPass):
         written = {get_node_storage(user) for node in calls for user in node.users}
         written.discard(None)
         for node in graph.nodes:
-            if node.target in noop_registry and get_node_storage(node) not in written:
+            may_copy = node.target in noop_registry or node.target in ARITHMETIC
+            if may_copy and get_node_storage(node) not in written:
                 for source in node.all_input_nodes:
                     if get_node_storage(source) in written:
                         with graph.inserting_before(node):
