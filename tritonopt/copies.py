@@ -53,7 +53,7 @@ class KeepCopies(CustomGraphPass):
             is_scalar = isinstance(value, torch.Tensor) and value.dim() == 0
             if is_scalar and node < last and get_node_storage(node) not in inputs:
                 with graph.inserting_after(node):
-                    stored = graph.call_function(torch.ops.aten.as_strided.default, (node, [], []))
+                    stored = graph.call_function(_aten.as_strided.default, (node, [], []))
                 stored.meta["val"] = value
                 result.replace_input_with(node, stored)
 
@@ -75,7 +75,7 @@ def _computed(graph: Graph, source: Node) -> Node:
     """The same values, negated twice."""
     for _ in range(2):
         value = source.meta["val"]
-        negate = torch.ops.aten.logical_not if value.dtype is torch.bool else torch.ops.aten.neg
+        negate = _aten.logical_not if value.dtype is torch.bool else _aten.neg
         source = graph.call_function(negate.default, (source,))
         with value.fake_mode:
             source.meta["val"] = negate.default(value)
