@@ -74,10 +74,22 @@ def test_tiny_numbers_are_scaled_for_their_root_where_they_must_be(target, scale
 LAUNCH = """
 import torch, triton, types
 from triton.backends.compiler import GPUTarget
-from triton.runtime.jit import MockTensor
+
+launched, jitted, compiled = [], [], []
+
+class Launcher:
+    def __init__(self, source, metadata):
+        pass
+
+    def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *args):
+        launched.append((function, (x, y, z), args))
 
 class Driver:
-    utils = types.SimpleNamespace(get_device_properties=lambda device: {"max_shared_mem": 200000})
+    utils = types.SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": 200000},
+        load_binary=lambda name, kernel, shared, device: (name, kernel, 0, 0, 1024),
+    )
+    launcher_cls = Launcher
     get_current_target = lambda self: GPUTarget("cuda", 90, 32)
     get_current_device = lambda self: 0
     get_current_stream = lambda self, device: 0
@@ -85,43 +97,61 @@ class Driver:
 triton.runtime.driver.set_active(Driver())
 from tritonopt.kernels import launch
 
-compiled = []
-
 class Recorder:
     def __init__(self, kernel):
         self.kernel = kernel
 
     def __getitem__(self, grid):
         def run(*args, **kwargs):
-            args = [MockTensor(a.dtype) if isinstance(a, torch.Tensor) else a for a in args]
-            compiled.append(self.kernel.warmup(*args, grid=grid, **kwargs))
+            jitted.append(self.kernel)
+            compiled.append(self.kernel[grid](*args, **kwargs))
+            return compiled[-1]
         return run
 
 launch.rmsprop_kernel = Recorder(launch.rmsprop_kernel)
 launch.rprop_kernel = Recorder(launch.rprop_kernel)
 launch.square_sum_kernel = Recorder(launch.square_sum_kernel)
 params, grads, *columns = ([torch.zeros(3000), torch.zeros(5)] for _ in range(5))
+one, unaligned = torch.ones(()), torch.ones(2)[1]
+
+def seen(update, *args, **hyper):
+    "Launches anew and again: the same arguments must arrive, past the JIT."
+    counts = []
+    for _ in range(2):
+        update(grads, *args, **hyper)
+        counts.append(len(jitted))
+    (function, grid, first), (_, _, second) = launched[-2:]
+    assert launched[-1][:2] == launched[-2][:2] and len(first) == len(second)
+    assert all(a is b if isinstance(a, torch.Tensor) else a == b for a, b in zip(first, second))
+    assert grid == (4, 1, 1) and counts[0] == counts[1]
+    return second
+
+rmsprop = dict(alpha=0.9, eps=0, weight_decay=1, momentum=0.5, maximize=False)
 update = launch.Launch(launch.rmsprop_, params, columns)
-for lr in (0.01, 1, torch.tensor(0.01)):
-    update(grads, lr=lr, alpha=0.9, eps=0, weight_decay=1, momentum=0.5, maximize=False)
+assert seen(update, lr=0.01, **rmsprop)[6] == 0.01
+assert seen(update, lr=1, **rmsprop)[6:12] == (1, 0.9, 0, 1, 0.5, 1) and len(jitted) == 1
+assert seen(update, lr=one, **rmsprop)[4] is one and len(jitted) == 2
+assert seen(update, lr=unaligned, **rmsprop)[4] is unaligned and len(jitted) == 3
+assert seen(update, lr=0.01, **{**rmsprop, "maximize": True})[12] is True and len(jitted) == 4
+rprop = dict(etaminus=0.5, etaplus=1.2, step_size_min=1e-6, step_size_max=50, maximize=True)
 update = launch.Launch(launch.rprop_, params, columns[:2])
-update(grads, etaminus=0.5, etaplus=1.2, step_size_min=1e-6, step_size_max=50, maximize=True)
-one = torch.ones(())
-update(grads, one, one, etaminus=0.5, etaplus=1.2, step_size_min=0, step_size_max=1, maximize=False)
+seen(update, **rprop)
+assert seen(update, one, one.clone(), **rprop)[2] is one and len(jitted) == 6
+assert seen(update, **rprop)[2] is None and len(jitted) == 6
+grads = [grad.bfloat16() for grad in grads]
+assert launch.tl.bfloat16 in seen(update, **rprop) and len(jitted) == 7
 launch.SquareSum([3000, 5], torch.float32, torch.device("cpu"))(grads)
 assert compiled[-1].metadata.num_warps == 4 and not compiled[-1].metadata.enable_fp_fusion
 for kernel in compiled:
     signature = next(line for line in kernel.asm["ttir"].splitlines() if "tt.func" in line)
     print(*map(signature.count, (": f64", "!tt.ptr<i64>", "!tt.ptr<f32>")))
-print(launch.rmsprop_kernel.kernel.device_caches[0][0].__len__())
 """
 
 
 def test_launches_bind_their_arguments():
-    """Through the JIT's own binder, with a driver that has a target and no device."""
+    """Through the JIT's own binder, and past it, with a driver that has a target and no device."""
     done = subprocess.run([sys.executable, "-c", LAUNCH], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # fp64 scalars, tables, pointers (to a tensor lr, to factor and skip, to sums); one compilation
-    # for all float values of lr
-    assert done.stdout.split("\n")[:6] == ["6 2 0", "6 2 0", "6 2 1", "5 2 0", "5 2 2", "0 2 1"]
-    assert done.stdout.split("\n")[6] == "2"
+    # fp64 scalars, tables, pointers (to a tensor lr, to factor and skip, to sums)
+    rmsprop, rprop = ["6 2 0", "6 2 1", "6 2 1", "6 2 0"], ["5 2 0", "5 2 2", "5 2 0"]
+    assert done.stdout.split("\n")[:-1] == [*rmsprop, *rprop, "0 2 1"]
