@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -34,6 +35,11 @@ class Workload(NamedTuple):
     shapes: Sequence[Shape]
     device: torch.device
     dtype: torch.dtype = torch.float32
+    grads: Sequence[torch.Tensor] = ()  # of all implementations, as none writes to them
+
+    def with_gradients(self) -> Workload:
+        make = partial(torch.randn, dtype=self.dtype, device=self.device)
+        return self._replace(grads=[make(shape) for shape in self.shapes])
 
     @property
     def elements(self) -> int:
@@ -42,7 +48,7 @@ class Workload(NamedTuple):
     @property
     def least_bytes(self) -> int:
         """What any step must move: the library's own count."""
-        one = self._replace(shapes=[(1,)], device=torch.device("cpu"))
+        one = self._replace(shapes=[(1,)], device=torch.device("cpu"), grads=())
         (bucket,) = one.build(IMPLEMENTATIONS["tritonopt"])._layouts[0].buckets
         return self.elements * bucket.bytes_per_element
 
@@ -57,9 +63,9 @@ class Workload(NamedTuple):
         except AttributeError as error:
             raise Missing(f"{library.split('.')[0]} has no {name}") from error
         params = []
-        for shape in self.shapes:
+        for index, shape in enumerate(self.shapes):
             param = torch.nn.Parameter(torch.randn(shape, dtype=self.dtype, device=self.device))
-            param.grad = torch.randn_like(param)
+            param.grad = self.grads[index] if self.grads else torch.randn_like(param)
             params.append(param)
         return cls(params, **options, **implementation.options)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from perf.workloads import Shape
 
 Record = dict[str, Any]
 TOLD: list[Record] = []  # by `pytest perf`, at its end
-KEPT, TEMPORARY = 5, 5  # tensors of the parameters' size: of each implementation, of a step
+TEMPORARY = 3  # tensors of the parameters' size that a step of torch's needs while it runs
 
 
 class Measured(NamedTuple):
@@ -31,9 +33,10 @@ def measure(
     torch.manual_seed(0)
     torch._dynamo.reset()
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # not silently eager
-    needed = (KEPT * len(names) + TEMPORARY) * workload.elements * workload.dtype.itemsize
+    needed = _needed(workload, len(names))
     if needed > free_memory(workload.device):
         raise Missing(f"needs {needed / 2**30:.0f} GiB of free memory")
+    workload = workload.with_gradients()
     steps, missing = start(workload, names, up_to)
     before = bandwidth(workload.device, seconds / 6)
     times = interleaved(steps, workload.device, seconds)
@@ -41,10 +44,21 @@ def measure(
     return Measured(times, missing, (before + after) / 2)
 
 
+def _needed(workload: Workload, count: int) -> int:
+    """Bytes of gradients, and of parameters and state of `count` optimizers, which a step reads
+    and writes."""
+    grads = workload.elements * workload.dtype.itemsize
+    return grads + count * (workload.least_bytes - grads) // 2 + TEMPORARY * grads
+
+
 def free_memory(device: torch.device) -> int:
     if device.type != "cpu":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    available = re.search(r"MemAvailable:\s*(\d+) kB", info.read_text()) if info.exists() else None
+    if available:  # what files are cached in, included
+        return int(available[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
