@@ -1,6 +1,7 @@
 """What the compilers make of the kernels: registers, stack, loads and stores by width.
 
     python -m perf.machine_code
+    python -m perf.machine_code --quick
     python -m perf.machine_code --kernels rprop --dtypes fp32 --targets sm_90
 
 No GPU is needed. Exit code 1 if a kernel spills, or if its aligned path reads or writes a tensor
@@ -94,6 +95,7 @@ KERNELS: dict[str, Kernel] = {
     "irprop+, scaled": _rprop("irprop+", "factor_ptr", "skip_ptr"),
     "norm": Kernel(square_sum_kernel, {}, 1, 0, NORM_BLOCK),
 }
+QUICK = ("rmsprop", "rprop", "norm")
 
 
 class MachineCode(NamedTuple):
@@ -220,9 +222,18 @@ def main(kernels: Sequence[str], dtypes: Sequence[str], targets: Sequence[str]) 
     return 1 if failed else 0
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+def parse(arguments: Sequence[str] | None = None) -> dict[str, Sequence[str]]:
+    """The arguments of `main`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for option, names in (("kernels", KERNELS), ("dtypes", DTYPES), ("targets", TARGETS)):
         parser.add_argument(f"--{option}", nargs="+", choices=names, default=list(names),
                             metavar="NAME", help=f"of {'; '.join(names)}")  # fmt: skip
-    sys.exit(main(**vars(parser.parse_args())))
+    parser.add_argument("--quick", action="store_const", const=QUICK, dest="kernels",
+                        help="under two minutes: the default rules and the norm")  # fmt: skip
+    return vars(parser.parse_args(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main(**parse()))

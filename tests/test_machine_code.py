@@ -12,7 +12,17 @@ from tritonopt.device import INTERPRET
 if INTERPRET:
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from machine_code import DTYPES, KERNELS, TARGETS, compile_kernel, machine_code
+from machine_code import (
+    DTYPES,
+    KERNELS,
+    QUICK,
+    TARGETS,
+    MachineCode,
+    compile_kernel,
+    machine_code,
+    main,
+    parse,
+)
 
 from tritonopt.kernels import arithmetic, launch
 
@@ -34,6 +44,16 @@ def test_a_narrow_access_is_a_problem():
         assert len(code.problems("fp32", kernel)) == 1
         counts[32] -= 1
     assert code._replace(stack=8).problems("fp32", kernel) == ["spills 8 bytes"]
+
+
+def test_exit_codes(monkeypatch, capsys):
+    chosen = parse(["--dtypes", "fp32", "--targets", "sm_90", "--quick"])
+    assert chosen == {"kernels": QUICK, "dtypes": ["fp32"], "targets": ["sm_90"]}
+    assert main(**chosen) == 0
+    assert "No spills" in capsys.readouterr().out
+    monkeypatch.setattr(MachineCode, "problems", lambda *_: ["spills 8 bytes"])
+    assert main(**chosen) == 1
+    assert "3 with problems" in capsys.readouterr().out
 
 
 ACCESSES = {
