@@ -232,7 +232,10 @@ def script(part: str, jobs: Callable[[torch.device, bool], Jobs]) -> int:
     """The command of one part, which prints its table."""
     from perf.tables import tables
 
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        description=sys.modules["__main__"].__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--quick", action="store_true", help="under two minutes")
     parser.add_argument("--device", type=usable_device, default=accelerator() or "cpu")
     arguments = parser.parse_args()
