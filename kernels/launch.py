@@ -56,6 +56,7 @@ class Launch:
         states = [[0] * len(params) if c is None else _addresses(c) for c in columns]
         self.tables = Tables(self.numels, [_addresses(params)], states, self.device, BLOCK)
         self.programs = self.tables.programs
+        self.grid = (len(self.programs), 1, 1)
         self.dtypes = (params[0].dtype, next(c[0].dtype for c in columns if c is not None))
         self.unused = tuple(column is None for column in columns)
         self.factor: Tensor | None = None
@@ -75,7 +76,7 @@ class Launch:
         """
         self.factor, self.skip = _moved(factor, self.device), _moved(skip, self.device)
         grad_dtype = next((g.dtype for g in grads if g is not None), None)
-        if grad_dtype is None or not len(self.programs):
+        if grad_dtype is None or self.grid[0] == 0:
             return
         with _on(self.device):
             self.rule(self, self.tables.find(_pointers(grads)), grad_dtype, **hyper)
@@ -101,11 +102,11 @@ class Launch:
             run(*pointers, *numbers, *switches, *constants)
             return
         types = _types(self, grad_dtype)
-        compiled = kernel[(len(self.programs),)](
+        compiled = kernel[self.grid](
             *pointers, *map(_fp64, numbers), *switches, **types, **_options(self.device, THREADS)
         )
         if compiled is not None:  # the interpreter compiles nothing
-            self._compiled[key] = compiled[(len(self.programs), 1, 1)], [*types.values()]
+            self._compiled[key] = compiled[self.grid], [*types.values()]
 
     def reserve(self) -> None:
         """What a graph capture of later steps will need, and could not allocate itself."""

@@ -133,7 +133,7 @@ def test_more_than_2_to_the_31_elements(device):
         large[-tail:] = values
     param, grad, prev, step_size = big
     update = launch.Launch(launch.rprop_, [param], [[prev], [step_size]])
-    update.programs = update.programs[-2:].clone()
+    update.programs, update.grid = update.programs[-2:].clone(), (2, 1, 1)
     (want,) = expected(*([values] for values in small), torch.float16)
     update([grad], **RPROP)
     touched = numel - int(update.programs[0] & 0xFFFFFFFF) * launch.BLOCK
