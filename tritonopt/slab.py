@@ -12,7 +12,8 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, count
+from math import inf
 
 import torch
 from torch import Tensor
@@ -33,10 +34,9 @@ class Slab:
         self.start = self.memory.data_ptr()
         self.end = self.start + numel * dtype.itemsize
         self.pieces: dict[int, int] = {}  # bytes, by address
+        entry = self.start, next(_number), weakref.ref(self, _forget)
         with _lock:
-            position = bisect.bisect(_starts, self.start)
-            _starts.insert(position, self.start)
-            _slabs.insert(position, weakref.ref(self, _forget))
+            bisect.insort(_slabs, entry)
 
     def flat(self, address: int, numel: int) -> Tensor:
         """The `numel` elements that begin at `address`, one-dimensional."""
@@ -45,14 +45,13 @@ class Slab:
 
 
 _lock = threading.RLock()  # reentrant: a collection inside the critical section may call _forget
-_starts: list[int] = []
-_slabs: list[weakref.ref[Slab]] = []
+_slabs: list[tuple[int, int, weakref.ref[Slab]]] = []  # by where they start
+_number = count()
 
 
 def _forget(reference: weakref.ref[Slab]) -> None:
     with _lock:
-        position = _slabs.index(reference)
-        del _slabs[position], _starts[position]
+        _slabs[:] = [e for e in tuple(_slabs) if e[2] is not reference and e[2]() is not None]
 
 
 def find(tensor: Tensor) -> Slab | None:
@@ -62,8 +61,8 @@ def find(tensor: Tensor) -> Slab | None:
     """
     address = tensor.data_ptr()
     with _lock:
-        position = bisect.bisect(_starts, address) - 1
-        slab = _slabs[position]() if position >= 0 else None
+        position = bisect.bisect(_slabs, (address, inf)) - 1
+        slab = _slabs[position][2]() if position >= 0 else None
     if slab is None or not slab.start <= address < slab.end:
         return None
     same = slab.memory.dtype == tensor.dtype and slab.memory.device == tensor.device
