@@ -11,6 +11,7 @@ from cases import OURS, TORCH, assert_follows, follow, give_gradients, parameter
 from torch import nn
 
 from tritonopt.device import path
+from tritonopt.packing import NEVER
 
 SHAPES = [(3, 5), (40,), (), (0,), (64,), (2, 3, 2, 2)]
 OPTIONS = {
@@ -315,6 +316,84 @@ def test_copied_before_the_first_step(name, way, change):
     follow(*optimizers, params, copies, 3)
 
 
+def untrained_head(kind, **options):
+    """A checkpoint of two parameters of which one has never had a gradient."""
+    params = parameters([(3,), (4,)])
+    optimizer = kind(params, lr=0.01, **options)
+    params[0].grad = torch.ones(3)
+    optimizer.step()
+    return through_a_file(optimizer.state_dict())
+
+
+LOAD = {
+    "another lr": ({"lr": 0.5}, (4,), torch.float32),
+    "another dtype": ({"lr": 0.3}, (4,), torch.float64),
+    "another shape": ({}, (6, 2), torch.float32),
+    "no dense strides": ({}, (4, 2), torch.float32),
+    "momentum": ({"momentum": 0.9, "centered": True}, (4,), torch.float32),
+    "left to torch": ({"foreach": True}, (6,), torch.float64),
+}
+
+
+@pytest.mark.skipif(not EAGER, reason="bits of RMSprop: torch's square root is not rounded")
+@pytest.mark.parametrize("case", LOAD)
+def test_a_head_that_was_never_trained_is_as_without_state(name, case):
+    """torch's checkpoint has none, so that any parameter may take the head's place."""
+    options, size, dtype = LOAD[case]
+    if name == "Rprop":
+        options = {key: v for key, v in options.items() if key not in ("momentum", "centered")}
+    optimizers, lists = [], []
+    for kind in (OURS[name], TORCH[name]):
+        head = nn.Parameter(torch.ones(size, dtype=dtype))
+        if case == "no dense strides":
+            head.data = torch.ones(8, 2)[::2]
+        params = [*parameters([(3,)]), head]
+        foreach = {"foreach": False} if kind is TORCH[name] else {}
+        optimizer = kind(params, **{**foreach, **options})
+        saved = untrained_head(kind)
+        saved["param_groups"] = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict(saved)
+        optimizers.append(optimizer)
+        lists.append(params)
+    with torch.no_grad():
+        lists[1][0].copy_(lists[0][0])
+    for _ in range(3):
+        give_gradients(*lists, missing={0})
+        for optimizer in optimizers:
+            optimizer.step()
+        assert_follows(*optimizers, *lists)
+
+
+@pytest.mark.parametrize("taken", ["group", "parameter"])
+def test_an_untrained_parameter_that_was_taken_out(name, taken):
+    params = parameters([(3,), (4,)])
+    for kind in (OURS[name], TORCH[name]):
+        optimizer = kind([{"params": [param]} for param in params])
+        if taken == "group":
+            optimizer.param_groups.pop()
+        else:
+            optimizer.param_groups[1]["params"] = [nn.Parameter(torch.ones(2))]
+        params[0].grad = torch.ones(3)
+        optimizer.step()
+        state = optimizer.state_dict()
+        assert state["state"][0]["step"] == 1 and params[1] not in optimizer.state
+
+
+def test_step_sizes_that_were_reset_are_given():
+    """Zeros in `step` and `prev` are somebody's: a checkpoint, too, leaves their step sizes."""
+    (param,) = parameters([(3,)])
+    optimizer = OURS["Rprop"]([param], lr=0.01)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.001
+    optimizer.state[param]["step"].zero_()
+    optimizer.state[param]["prev"].zero_()
+    optimizer.state[param]["step_size"].fill_(0.01)
+    assert optimizer.state_dict()["state"][0]["step_size"].eq(0.01).all()
+    optimizer.step()
+    assert torch.equal(optimizer.state[param]["step_size"], torch.full((3,), 0.01))
+
+
 def test_two_that_load_the_same_before_the_first_step(name):
     """As torch's: each makes state of its own."""
     first, second = parameters([(9,)]), parameters([(9,)])
@@ -326,13 +405,15 @@ def test_two_that_load_the_same_before_the_first_step(name):
     follow(ours[1], theirs, second, theirs.param_groups[0]["params"])
 
 
-@pytest.mark.parametrize("value, stays", [(0.1, True), (0.02, False)])
-def test_step_sizes_of_a_checkpoint(value, stays):
-    """Those that are no lr of its groups are given, and stay whatever becomes of lr."""
+@pytest.mark.parametrize("count, stays", [(0.0, True), (NEVER, False)])
+@pytest.mark.parametrize("value", [0.1, 0.02])
+def test_step_sizes_of_a_checkpoint(value, count, stays):
+    """Those of state that was made here and not used follow lr; those that are given stay."""
     params = parameters([(3, 5), (4,)])
     optimizer = OURS["Rprop"](params, lr=0.02)
     state = optimizer.state_dict()
     for entry in state["state"].values():
+        entry["step"] = torch.tensor(count)
         entry["step_size"] = torch.full_like(entry["step_size"], value)
     optimizer.load_state_dict(state)
     for step in range(4):  # the second parameter's state is packed before its first gradient
@@ -374,6 +455,19 @@ def test_lr_changed_before_a_checkpoint_and_after():
         param.grad = torch.ones(3)
         optimizer.step()
         assert torch.all(optimizer.state[param]["step_size"] == torch.tensor(0.02))
+
+
+def test_step_sizes_written_before_the_first_step_stay_in_copies():
+    (param,) = parameters([(3,)])
+    optimizer = OURS["Rprop"]([param], lr=0.01)
+    optimizer.state[param]["step_size"].fill_(0.25)
+    for way in COPY.values():
+        copied = way(optimizer)
+        (mine,) = copied.param_groups[0]["params"]
+        copied.param_groups[0]["lr"] = 0.5
+        mine.grad = torch.ones(3)
+        copied.step()
+        assert torch.equal(copied.state[mine]["step_size"], torch.full((3,), 0.25))
 
 
 def test_step_sizes_loaded_in_place():

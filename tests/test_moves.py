@@ -109,6 +109,68 @@ def test_cast_to_half_precision(name, before, device):
                 assert ours.state[param][key].dtype == value.dtype, key
 
 
+@pytest.mark.parametrize("move", ["double", "channels_last", "p.data = clone", "swap_tensors"])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_moved_before_the_first_step_of_torch(name, foreach, move):
+    """Of a group that is left to torch, which makes state at that step."""
+    model = network()
+    twin = copy.deepcopy(model)
+    ours = OURS[name](model.parameters(), foreach=foreach)
+    theirs = TORCH[name](twin.parameters(), foreach=foreach)
+    for one in (model, twin):
+        MOVES[move](one)
+    follow(ours, theirs, *lists(model, twin), 3)
+
+
+LEFT = {
+    "not dense": lambda param: torch.stack([param.detach().double()] * 2, -1)[..., 0],
+    "complex": lambda param: param.detach().to(torch.complex64),
+    "double": lambda param: param.detach().double(),
+}
+
+
+@pytest.mark.parametrize("kind", LEFT)
+@pytest.mark.parametrize("tied", [False, True], ids=["alone", "tied"])
+def test_a_parameter_that_comes_to_torch_before_the_first_step(name, tied, kind):
+    groups = []
+    for _ in range(2):
+        first = torch.ones(3, 2)
+        group = [nn.Parameter(first), nn.Parameter(first)][: 1 + tied]
+        groups.append(group)
+    ours, theirs = OURS[name](groups[0]), TORCH[name](groups[1], foreach=False)
+    for group in groups:
+        moved = LEFT[kind](group[0])
+        for param in group:
+            param.data = moved
+    for _ in range(3):
+        for params in zip(*groups, strict=True):
+            grad = torch.randn_like(params[0])
+            for param in params:
+                param.grad = grad.clone()
+        ours.step()
+        theirs.step()
+        assert_follows(ours, theirs, *groups)
+
+
+def test_a_parameter_left_to_torch_that_comes_to_share_memory(name):
+    """torch updates one after the other, in their order."""
+    groups = []
+    for kind in (OURS[name], TORCH[name]):
+        params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, 2)[:, 0])]
+        decay = {"weight_decay": 0.1} if name == "RMSprop" else {}
+        groups.append(
+            (kind(params, lr=0.1, **decay, foreach=None if not groups else False), params)
+        )
+    for step in range(4):
+        for optimizer, (first, second) in groups:
+            if step == 3:
+                second.data = first.data
+            first.grad, second.grad = torch.ones(2), torch.full((2,), -0.5)
+            optimizer.step()
+    (ours, params), (theirs, copies) = groups
+    assert_follows(ours, theirs, params, copies)
+
+
 def test_moved_parameters_are_packed_once(name):
     model = network()
     ours, theirs, twin = pair(name, model)

@@ -134,6 +134,22 @@ def test_infinite_gradients_without_waiting(name, device):
     assert {float(ours.state[p]["step"]) for p in params} == {0.0}
 
 
+def test_state_that_was_only_skipped_is_unused_in_copies(device):
+    """What a kernel counts of a skipped step is nothing: not even the sign of 0 changes."""
+    (param,) = parameters([(5,)], device=device)
+    ours = OURS["Rprop"]([param], lr=0.1, fused_amp=True)
+    param.grad = torch.ones(5, device=device)
+    ours.grad_scale, ours.found_inf = torch.ones((), device=device), torch.ones((), device=device)
+    ours.step()
+    copied = copy.deepcopy(ours)
+    (mine,) = copied.param_groups[0]["params"]
+    copied.param_groups[0]["lr"] = 0.3
+    mine.grad = torch.ones(5, device=device)
+    copied.grad_scale = copied.found_inf = None
+    copied.step()
+    assert torch.equal(copied.state[mine]["step_size"], torch.full((5,), 0.3, device=device))
+
+
 def test_what_is_left_to_torch(name):
     ours, params, theirs, copies = pair(name, max_grad_norm=0.5)
     for group in (*ours.param_groups, *theirs.param_groups):

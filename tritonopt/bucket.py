@@ -121,21 +121,24 @@ class Bucket:
 
     def count(self, grads: list[Tensor | None], skip: Tensor | None = None) -> None:
         """Adds 1 to the step of every parameter that has a gradient, unless `skip` is not 0."""
-        one: Any = 1 if skip is None else (skip == 0).to(self.columns["step"][0])
+        one: Any = 1
+        sign = {}
+        if skip is not None:  # subtracted, as it leaves `packing.NEVER` what it is: -0.0 - 0.0
+            one, sign = 0 - (skip == 0).to(self.columns["step"][0]), {"alpha": -1}
         for span in self._steps:
             flat = span.flats[0]
             assert flat is not None
             if self._all_given:
-                flat.add_(one)
+                flat.add_(one, **sign)
             else:
                 for part in present(span, grads):
-                    flat[part].add_(one)
+                    flat[part].add_(one, **sign)
         lone = [self._found[0][i] for i in self._lone_steps if grads[i] is not None]
         if lone and not lone[0].is_cpu and len(set(map(id, lone))) == len(lone):
-            torch._foreach_add_(lone, one)  # else a launch for each
+            torch._foreach_add_(lone, one, **sign)  # else a launch for each
         else:
             for step in lone:
-                step.add_(one)
+                step.add_(one, **sign)
 
     def counts(self) -> float | Tensor:
         """The number of steps: of all parameters if it is one and the host knows it, or of each."""

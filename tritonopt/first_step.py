@@ -13,6 +13,7 @@ from tritonopt import slab
 from tritonopt.device import is_capturing
 from tritonopt.eligible import is_plain
 from tritonopt.layout import Layout
+from tritonopt.packing import is_unused
 from tritonopt.shard import local
 
 
@@ -70,7 +71,7 @@ class FirstStep:
                     raise RuntimeError(
                         "lr changed before the first step: take one step before a graph captures it"
                     )
-                if not is_unused(entry):  # written to since: a checkpoint, loaded in place
+                if not is_as_made(entry):  # written to since: a checkpoint, loaded in place
                     continue
                 step_size.fill_(start)
                 changed = True
@@ -104,14 +105,14 @@ def unused(
         and is_plain(local(entry["step_size"]))
         and not param.is_complex()
         and local(param).numel()
-        and is_unused(entry)
+        and is_as_made(entry)
         and is_made_with(made_with, local(entry["step_size"]))
     ]
 
 
-def is_unused(entry: dict[str, Any]) -> bool:
-    """Whether no step has been taken and the step sizes are still those they were created with."""
-    if not entry.keys() >= {"step", "prev", "step_size"} or float(entry["step"]) != 0:
+def is_as_made(entry: dict[str, Any]) -> bool:
+    """Whether no step has used the state, and its step sizes are still all the same."""
+    if not entry.keys() >= {"prev", "step_size"} or not is_unused(entry):
         return False
     step_size, prev = local(entry["step_size"]), local(entry["prev"])
     if not step_size.numel():

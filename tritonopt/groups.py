@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from typing import Any
 
 import torch
@@ -59,8 +59,8 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """The value with which a state tensor begins."""
         return 0.0
 
-    def _is_as_new(self, entry: dict[str, Any], groups: Sequence[dict[str, Any]]) -> bool:
-        """Whether state is as it may have been made for a parameter in one of the groups."""
+    def _is_as_new(self, entry: dict[str, Any], copied: bool = False) -> bool:
+        """Whether unused state has the values with which it is made, here or where it is from."""
         return not any(bool(local(tensor).any()) for tensor in entry.values())
 
     def _deciding(self, group: dict[str, Any]) -> list[Any]:
@@ -184,34 +184,35 @@ class GroupedOptimizer(torch.optim.Optimizer):
         """State for the parameters that have none yet, unless torch must make it itself."""
         keys = self._rule(group).keys
         if not group["differentiable"]:
-            new = [p for p in params if why_not_native(p) is None and self._is_unmade(p, keys)]
-            self._make(group, new)
+            self._make(group, [p for p in params if self._is_unmade(p, keys)])
 
     def _make_again(self, group: dict[str, Any]) -> None:
         """Makes loaded or copied state again that no step has used yet.
 
         It is ours then. torch would have copied nothing: so no two optimizers may share it, but
-        processes may.
+        processes may. Neither what the parameter is now nor the options need be those of the copy.
         """
-        keys = self._rule(group).keys
-        if not group["differentiable"]:
-            self._make(group, [p for p in group["params"] if self._is_copy(group, p, keys)])
+        known = {"step", *self._rule(group).all_keys}
+        self._make(group, [p for p in group["params"] if self._is_copy(p, known)])
 
     def _make(self, group: dict[str, Any], params: Sequence[Tensor]) -> None:
-        if params:
+        """Of what torch makes state for at the first step, it is only taken away."""
+        for param in params:
+            self.state.pop(param, None)
+        native = [p for p in params if why_not_native(p) is None and not group["differentiable"]]
+        if native:
             on_device = group["capturable"] or has_fused_amp(self)
             starts = {key: self._initial(key, group) for key in self._rule(group).keys}
-            packing.make_state(self.state, params, starts, on_device)
+            packing.make_state(self.state, native, starts, on_device)
 
-    def _is_copy(self, group: dict[str, Any], param: Tensor, keys: Sequence[str]) -> bool:
+    def _is_copy(self, param: Tensor, known: Set[str]) -> bool:
         entry = self.state.get(param, {})
         return (
-            entry.keys() == {"step", *keys}
-            and why_not_native(param) is None
+            entry.keys() <= known
+            and packing.is_unused(entry)
             and all(isinstance(v, Tensor) and is_plain(local(v)) for v in entry.values())
             and not any(v.is_cpu and v.is_shared() for v in map(local, entry.values()))
-            and _fits(entry, param, keys)
-            and self._is_as_new(entry, [group])
+            and self._is_as_new(entry, copied=True)
         )
 
     def _is_unmade(self, param: Tensor, keys: Sequence[str]) -> bool:
@@ -223,9 +224,18 @@ class GroupedOptimizer(torch.optim.Optimizer):
         entry = self.state.get(param)
         if not entry:
             return True
-        if not all(map(_may_be_ours, entry.values())):
+        if not packing.is_unused(entry) or not all(map(_may_be_ours, entry.values())):
             return False
-        return not _fits(entry, param, keys) and self._is_as_new(entry, self.param_groups)
+        return not _fits(entry, param, keys) and self._is_as_new(entry)
+
+    @torch._disable_dynamo  # as torch's
+    def state_dict(self) -> dict[str, Any]:
+        # Of parameters that were taken out of the groups torch has state only if they were trained.
+        grouped = {p for group in self.param_groups for p in group["params"]}
+        for param in [p for p in self.state if isinstance(p, Tensor) and p not in grouped]:
+            if packing.is_unused(self.state[param]):
+                del self.state[param]
+        return super().state_dict()
 
     def _pack_moved(self, group: dict[str, Any], layout: Layout) -> bool:
         """Packs what left the slabs; no parameter of an accelerator: graphs may know its place.

@@ -11,7 +11,13 @@ from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _get_capturable_supported_devices
 
 from tritonopt.bucket import Bucket, Rule
-from tritonopt.eligible import BAD_GRADIENT, overlapping, why_not_native, why_not_together
+from tritonopt.eligible import (
+    BAD_GRADIENT,
+    is_plain,
+    overlapping,
+    why_not_native,
+    why_not_together,
+)
 from tritonopt.shard import local
 
 _CAPTURABLE = _get_capturable_supported_devices()
@@ -77,6 +83,7 @@ class Layout:
             Bucket(rule, [self.params[i] for i in some], [self.states[i] or {} for i in some])
             for some in members.values()
         ]
+        self._left = _looks(self.fallback)
         self.provisional = any(why == BAD_GRADIENT for _, why in self.fallback)
 
     def lacks_state(self) -> bool:
@@ -98,4 +105,14 @@ class Layout:
         for bucket in self.buckets:
             if not bucket.holds(state is None):
                 return False
-        return True
+        return not self.fallback or _looks(self.fallback) == self._left
+
+
+def _looks(fallback: list[tuple[Tensor, str]]) -> list[tuple[Any, ...]]:
+    """What parameters that are left to torch are, and where: other ones may be left to it then."""
+    return [
+        (p.dtype, p.device, p.size(), p.stride(), p.data_ptr())
+        if is_plain(p)
+        else (type(p), p.dtype, p.device)
+        for p, _ in fallback
+    ]

@@ -62,8 +62,8 @@ class SlabOptimizer(GroupedOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_layouts", {})
-        self.__dict__.setdefault("_known", [])
+        self.__dict__.setdefault("_layouts", {}).clear()  # with the state that they knew
+        self.__dict__.setdefault("_known", []).clear()
         if has_fused_amp(self):  # a skipped step is not counted, which only the device knows
             for param, entry in self.state.items():
                 if isinstance(param, Tensor) and isinstance(entry.get("step"), Tensor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from math import copysign
 from typing import Any
 
 import torch
@@ -12,6 +13,22 @@ from torch import Tensor
 from tritonopt import slab
 from tritonopt.eligible import is_plain, same_layout, why_not_native
 from tritonopt.shard import is_sharded
+
+NEVER = -0.0
+"""The count of steps in state that no step has used: 0 to everyone who does not ask for the sign.
+
+torch makes state at the first step, when it knows what parameters and options are then. State that
+is there before must be told from a state that somebody gives, after copies and checkpoints, too.
+"""
+
+
+def is_unused(entry: Mapping[str, Any]) -> bool:
+    """Whether state was made here, or in the optimizer that it was copied from, and not used."""
+    step = entry.get("step")
+    if not isinstance(step, Tensor) or step.numel() != 1 or step.is_meta:
+        return False
+    count = float(step)
+    return count == 0 and copysign(1, count) < 0
 
 
 @torch.no_grad()
@@ -46,13 +63,14 @@ def make_state(
     scalar = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     for param in filter(_is_special, params):
         home = param.device if on_device else torch.device("cpu")
-        state[param] = {"step": torch.zeros((), dtype=scalar, device=home)}
+        state[param] = {"step": torch.full((), NEVER, dtype=scalar, device=home)}
         for key, start in starts.items():  # of its parameter's type: sharded checkpoints need that
             state[param][key] = torch.full_like(param, start)
     for batch in by_slab([p for p in params if not _is_special(p)]):
         device, dtype = batch[0].device, batch[0].dtype
         home = device if on_device else torch.device("cpu")
-        steps, _ = slab.allocate([_SCALAR] * len(batch), scalar, home, alignment=1)
+        steps, memory = slab.allocate([_SCALAR] * len(batch), scalar, home, alignment=1)
+        memory.memory.fill_(NEVER)
         columns = {"step": steps}
         for key, start in starts.items():
             columns[key], memory = slab.allocate(batch, dtype, device)

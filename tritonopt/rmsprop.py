@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import repeat
 from operator import itemgetter
 from typing import Any
@@ -154,12 +153,12 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
     def _initial(self, key: str, group: dict[str, Any]) -> float:
         return float(self._option(group, "initial_scale")) if key == "square_avg" else 0.0
 
-    def _is_as_new(self, entry: dict[str, Any], groups: Sequence[dict[str, Any]]) -> bool:
+    def _is_as_new(self, entry: dict[str, Any], copied: bool = False) -> bool:
         rest = {key: value for key, value in entry.items() if key != "square_avg"}
-        if not super()._is_as_new(rest, groups):
+        if not super()._is_as_new(rest):
             return False
         average = entry.get("square_avg")
-        starts = {self._option(group, "initial_scale") for group in groups}
+        starts = {self._option(group, "initial_scale") for group in self.param_groups}
         return average is None or any(
             torch.equal(average, torch.full_like(average, start)) for start in starts
         )

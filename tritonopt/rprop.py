@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from tritonopt import eager
 from tritonopt.bucket import Rule
 from tritonopt.device import is_capturing
 from tritonopt.eager import VARIANTS
-from tritonopt.first_step import FirstStep, is_made_with, is_unused, rounded, unused
+from tritonopt.first_step import FirstStep, is_as_made, is_made_with, rounded, unused
 from tritonopt.groups import PATHS
 from tritonopt.layout import Layout
 from tritonopt.optimizer import SlabOptimizer
@@ -67,9 +66,10 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
     State of each parameter, each of its shape and dtype but ``step`` (a float32 scalar): ``step``,
     ``prev`` (the last gradient, 0 after a change of sign), ``step_size``. It exists from
     construction on, but of parameters that are left to torch from their first step on. A
-    ``step_size`` that was made with some ``lr`` and that nothing has used yet (``step`` is 0,
-    ``prev`` is 0) starts from the ``lr`` in force at the first step, as in torch, where a warm-up
-    may have changed it. Other step sizes that are given stay as they are.
+    ``step_size`` that was made with some ``lr`` and that nothing has used yet starts from the
+    ``lr`` in force at the first step, as in torch, where a warm-up may have changed it. The sign
+    of ``step`` says so, -0.0, in copies and checkpoints, too. Step sizes that are given stay as
+    they are: set ``step`` to 0 with them.
 
     Raises:
         ValueError: ``lr`` is negative or has several elements, the factors are not
@@ -150,6 +150,8 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         etaminus, etaplus = (rounded(float(eta), torch.float32) for eta in group["etas"])
         if not 0 < etaminus < 1 < etaplus:  # possible in a group: torch validates defaults only
             return f"etas={group['etas']}"
+        if any(getattr(eta, "ndim", 0) for eta in group["etas"]):
+            return f"etas={group['etas']}"
         if any(s is None or getattr(s, "ndim", 0) for s in group["step_sizes"]):
             return f"step_sizes={group['step_sizes']}"
         return super()._why_torch(group)
@@ -215,11 +217,12 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
 
     # The first step.
 
-    def _is_as_new(self, entry: dict[str, Any], groups: Sequence[dict[str, Any]]) -> bool:
-        known = [group.get(key) for group in groups for key in ("lr", "initial_lr")]
-        known += [self.defaults["lr"], *self._made_with]
-        lrs = [float(lr) for lr in known if lr is not None]
-        return is_unused(entry) and is_made_with(lrs, local(entry["step_size"]))
+    def _is_as_new(self, entry: dict[str, Any], copied: bool = False) -> bool:
+        return is_as_made(entry) and (copied or self._is_made_here(entry))
+
+    def _is_made_here(self, entry: dict[str, Any]) -> bool:
+        """Else somebody has written other step sizes to state that we had made."""
+        return is_made_with(self._made_with, local(entry["step_size"]))
 
     def _look(self, index: int) -> Layout:
         layout = super()._look(index)
@@ -249,6 +252,9 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
 
     def _start_from_lr(self) -> None:
         """Now, as who copies the state does not copy what it was made with."""
+        for entry in self.state.values():
+            if isinstance(entry, dict) and is_as_made(entry) and not self._is_made_here(entry):
+                entry["step"].zero_()  # given: no longer `packing.NEVER`
         for group in self.param_groups:
             entries = [self.state.get(param) for param in group["params"]]
             for param, value in unused(group["params"], entries, self._made_with):
@@ -262,6 +268,7 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
         self._start_from_lr()
         return super().__getstate__()
 
+    @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         self._start_from_lr()
         return super().state_dict()
