@@ -175,10 +175,18 @@ def state_rounded(p, g, v, s, n):
     return ()
 
 
+def averaged_before(p, g, v, s, n):
+    for average, parameter, state in zip(s, p, v, strict=True):
+        average.lerp_(parameter, 0.5)
+        average[0].add_(state[1])
+    rmsprop(p, g, v, [], [], n, foreach=False, **HYPER)
+    return ()
+
+
 RECOGNISED = {
-    read_before_and_after: 3, clip_then_zero: 3, computed_gradients: 3, model_and_step: 3,
-    returns_parameter: 3, returns_copies: 3, masks: 3, masks_foreach: 3, two_groups: 3,
-    without_steps: 3,
+    averaged_before: 3, read_before_and_after: 3, clip_then_zero: 3, computed_gradients: 3,
+    model_and_step: 3, returns_parameter: 3, returns_copies: 3, masks: 3, masks_foreach: 3,
+    two_groups: 3, without_steps: 3,
     complex_parameters: 3, gradients_through_int8: 3, gradient_broadcast: 3,
     state_rounded: 3,
 }  # fmt: skip
@@ -245,6 +253,31 @@ def sgd(p, g, v, s, n):
     return ()
 
 
+def other_factor(p, g, v, s, n):
+    for a, b, c, d in zip(p, g, v, s, strict=True):
+        sign = b.mul(c).sign()
+        factors = []
+        for up, down in ((1.2, 0.5), (1.1, 0.7)):
+            factors.append(sign.clone())
+            factors[-1][factors[-1].gt(0)] = up
+            factors[-1][factors[-1].lt(0)] = down
+            factors[-1][factors[-1].eq(0)] = 1
+        d.mul_(factors[1]).clamp_(1e-6, 50)
+        b = b.clone()
+        b[factors[0].eq(0.5)] = 0
+        a.addcmul_(b.sign(), d, value=-1)
+        c.copy_(b)
+    return ()
+
+
+def constant_of_integers(p, g, v, s, n):
+    for a, b, c in zip(p, g, v, strict=True):
+        decay = torch.full_like(n[0].long(), 0.9)
+        c.mul_(decay).addcmul_(b, b, value=1 - 0.9)
+        a.addcdiv_(b, c.sqrt().add_(1e-8), value=-0.01)
+    return ()
+
+
 def read_between_two(p, g, v, s, n):
     rmsprop(p[:1], g[:1], v[:1], [], [], n[:1], foreach=False, **HYPER)
     between = p[0].sum()
@@ -255,7 +288,7 @@ def read_between_two(p, g, v, s, n):
 NOT_RECOGNISED = {
     other_weight: 0, other_gradient: 0, twice: 0, intermediate_escapes: 0, views: 0,
     state_is_shared: 0, written_again: 0, gradient_changes_in_between: 0,
-    sgd: 0, read_between_two: 2,
+    sgd: 0, other_factor: 0, constant_of_integers: 0, read_between_two: 2,
 }  # fmt: skip
 
 
@@ -394,6 +427,22 @@ def test_a_smaller_last_batch():
 
     for batch in (8, 8, 5):
         train(torch.randn(batch, 3), torch.randn(batch, 2))
+
+
+def test_a_scalar_that_autograd_has_saved_is_no_count():
+    """Eagerly, and by Inductor, a backward notices that it was changed."""
+
+    @torch.compile(backend="tritonopt")
+    def fn(p, g, v, n, w):
+        with torch.no_grad():
+            rmsprop(p, g, v, [], [], n, foreach=False, **HYPER)
+        saved = w.exp()
+        saved += 1
+        return saved * 2
+
+    lists = [[torch.ones(3)] for _ in range(3)]
+    with pytest.raises(Exception, match="modified by an inplace operation"):
+        fn(*lists, [torch.zeros(())], torch.tensor(0.3, requires_grad=True)).backward()
 
 
 def test_what_autograd_differentiates_is_left():

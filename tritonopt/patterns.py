@@ -168,6 +168,7 @@ def _rprop(read: Reader, param: int, term: int) -> Update:
     old = factors[1] if old == factor else old
 
     terms = read.terms
+    read.require(product == terms.mul(old, factor), "another factor")
     number = [read.open(x, "const") for x in (etaminus, low, high)]
     positive, etaplus, sign = _factor(read, factor, etaminus)
     plain, minus = read.scaled(grad)

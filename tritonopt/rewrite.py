@@ -167,6 +167,7 @@ class Rewrite:
             if (
                 segment.writes
                 and id(segment) not in self._uncounted
+                and not self.differentiated.intersection(segment.writes)
                 and patterns.is_count(self.trace.terms, segment.leaf, segment.term)
                 and tensor is not None
                 and tensor.dim() == 0

@@ -88,9 +88,6 @@ class Terms:
     def same(self, x: int) -> int:
         return x
 
-    def full_like(self, x: int, value: int) -> int:
-        return value
-
     def plain(self, kind: str) -> Callable[..., int]:
         return lambda *operands: self.make(kind, *operands)
 
@@ -233,6 +230,9 @@ class Trace:
         kwargs = {k: v for k, v in node.kwargs.items() if k not in DROPPED}
         if not set(kwargs) <= {"alpha", "value"}:
             raise Unknown
+        if kind == "full_like":
+            self._set(node, self._filled(node))
+            return
         rows = _rows(node.args) if is_foreach else [node.args]
         for row in rows:
             self._check_kind(kind, row if writes or is_foreach else [node, *row])
@@ -247,6 +247,13 @@ class Trace:
             self._elements[node] = values
         else:
             self._set(node, values[0])
+
+    def _filled(self, node: Node) -> int:
+        """The constant as its tensor holds it."""
+        tensor, value = self.tensor(node), node.args[-1]
+        if tensor is None or not tensor.is_floating_point() or not isinstance(value, (int, float)):
+            raise Unknown
+        return self.terms.const(float(torch.tensor(value, dtype=tensor.dtype, device="cpu")))
 
     def _check_kind(self, kind: str, row: Sequence[Any]) -> None:
         """Only between tensors of one dtype and size is an operator what it is between numbers."""
