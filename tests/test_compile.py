@@ -183,6 +183,79 @@ def test_scalars_are_those_of_their_time(name, scalar):
     assert_close(ours, theirs)
 
 
+AVERAGES = {
+    "average": lambda b, a, p, state: b.lerp_(p, 0.5),
+    "snapshot": lambda b, a, p, state: b.copy_(p * 2),
+    "of rows": lambda b, a, p, state: b.add_(p.mean(0)),
+    "of state": lambda b, a, p, state: b.add_(next(t for t in state if t.dim()), alpha=2),
+    "a scalar": lambda b, a, p, state: a.add_(p[0, 0] * 3),
+    "one of the other": lambda b, a, p, state: a.add_(b.add_(p).norm()),
+    "a part": lambda b, a, p, state: b[:2].add_(p[:2].sigmoid()),
+}
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_averaged_before_a_step_is_of_that_time(name, average):
+    """Inductor would compute what is written to other tensors at the end of the graph."""
+    ours, theirs = optimizers(name, parameters(((4, 3), (4, 3))))
+    tensors = [[torch.zeros(4, 3), torch.zeros(())] for _ in range(2)]
+
+    def average_and_step(optimizer, b, a):
+        for _ in range(2):
+            for param, state in optimizer.state.items():
+                AVERAGES[average](b, a, param, state.values())
+            optimizer.step()
+
+    for param in pairs(ours, theirs):
+        for one in param:
+            one.grad = torch.ones_like(one)
+    theirs.step()  # it makes the state
+    ours.step()
+    compiled = torch.compile(average_and_step, fullgraph=True)
+    with torch.no_grad():
+        for _ in range(2):
+            give_gradients(ours, theirs)
+            compiled(ours, *tensors[0])
+            average_and_step(theirs, *tensors[1])
+            torch.testing.assert_close(*tensors)
+    assert_close(ours, theirs)
+
+
+def test_what_is_averaged_into_a_batch_of_any_size():
+    (param,) = parameters(((3,),))
+    ours, theirs = optimizers("RMSprop", [param])
+
+    def fn(optimizer, x):
+        x.add_(optimizer.param_groups[0]["params"][0] * 2)
+        optimizer.step()
+
+    compiled = torch.compile(fn, dynamic=True)
+    with torch.no_grad():
+        for size in (4, 5, 6):
+            give_gradients(ours, theirs)
+            found, expected = torch.zeros(size, 3), torch.zeros(size, 3)
+            compiled(ours, found)
+            fn(theirs, expected)
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backend", ["inductor", "tritonopt"])
+def test_copies_of_what_the_public_ops_write(backend):
+    op = torch.ops.tritonopt.rmsprop_
+
+    def fn(p, g, v, n):
+        op([p], [g], [v], [], [], [n], lr=0.1)
+        found = [p.clone(), p * 1, n + 0, p[0].exp(), torch.native_dropout(p, 0.0, False)[0]]
+        op([p], [g], [v], [], [], [n], lr=0.1)
+        return found
+
+    def start():
+        return torch.ones(4), torch.ones(4), torch.zeros(4), torch.zeros(())
+
+    torch.testing.assert_close(torch.compile(fn, backend=backend)(*start()), fn(*start()))
+
+
 def test_a_pass_of_ones_own_stays():
     """It is the only thing that copies need of Inductor, for the time of one compilation."""
     seen = []

@@ -153,6 +153,10 @@ def _update(call: Call, counts: bool = False, **hyper: Any) -> None:
 
 def _fake(*args: Any, **kwargs: Any) -> None:
     """Nothing is returned; what is written is in the schema."""
+    if torch._guards.TracingContext.try_get() is not None:
+        from tritonopt.copies import keep_in_this_compilation  # imports Inductor
+
+        keep_in_this_compilation()
 
 
 for _name, _schema in SCHEMAS.items():

@@ -275,7 +275,6 @@ class SlabOptimizer(GroupedOptimizer):
             self._before_update(group, layout)
         rest = {**group, "params": traced.fill(layout, lists[:count])}
         self._opt_called = True
-        traced.keep_copies()
         traced.check_reads(lists[:count])
         known = traced.are_known(lists[count - 1])
         has_complex = super()._init_group(rest, *lists[count:])  # type: ignore[misc]

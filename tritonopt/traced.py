@@ -74,13 +74,6 @@ def loses_writes(tensor: Tensor) -> bool:
     return is_scalar and not isinstance(tensor, torch.nn.Parameter)
 
 
-def keep_copies() -> None:
-    """Sees to it that a copy of what the op writes, read in the same graph, stays a copy."""
-    from tritonopt.copies import keep_in_this_compilation  # imports Inductor
-
-    keep_in_this_compilation()
-
-
 def check_reads(lists: Sequence[list[Any]]) -> None:
     """Raises where neither the op nor its detour would be compiled rightly."""
     params, _, *columns = lists
