@@ -284,10 +284,31 @@ def test_scalars_of_float64(name, backend):
     assert_close(ours, theirs)
 
 
-def test_scalars_of_float64_that_are_read_first():
+@pytest.mark.parametrize("name", NAMES)
+def test_scalars_of_float64_in_groups(name):
+    """Of a later group dynamo knows before its turn comes, though nobody has read it."""
+    params = [torch.nn.Parameter(torch.randn(s, dtype=torch.float64)) for s in ((3,), (), ())]
+    ours, theirs = optimizers(name, params)
+    for optimizer in (ours, theirs):
+        members = optimizer.param_groups[0].pop("params")
+        options = optimizer.param_groups.pop()
+        optimizer.param_groups += [{**options, "params": [member]} for member in members]
+    step = torch.compile(ours.step, backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        give_gradients(ours, theirs)
+        step()
+        theirs.step()
+    assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("group", [0, 1])
+def test_scalars_of_float64_that_are_read_first(group):
     param = torch.nn.Parameter(torch.randn((), dtype=torch.float64))
-    param.grad = torch.ones_like(param)
-    optimizer = OURS["RMSprop"]([param])
+    other = torch.nn.Parameter(torch.randn(3, dtype=torch.float64))
+    for one in (param, other):
+        one.grad = torch.ones_like(one)
+    both = [{"params": [param]}, {"params": [other]}]
+    optimizer = OURS["RMSprop"](both if group == 0 else both[::-1])
 
     def read_and_step():
         before = optimizer.state[param]["square_avg"] * 2

@@ -275,7 +275,9 @@ class SlabOptimizer(GroupedOptimizer):
             self._before_update(group, layout)
         rest = {**group, "params": traced.fill(layout, lists[:count])}
         self._opt_called = True
-        traced.check_reads(lists[:count])
+        if index == 0:  # later, dynamo knows of all tensors, read or not
+            given = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+            traced.check_reads(t for p in given for t in (p, *self.state.get(p, {}).values()))
         known = traced.are_known(lists[count - 1])
         has_complex = super()._init_group(rest, *lists[count:])  # type: ignore[misc]
         return traced.HAS_COMPLEX * bool(has_complex) + traced.STEPS_ARE_KNOWN * known

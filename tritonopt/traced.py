@@ -6,7 +6,7 @@ no layout here. Each group is one op, whose schema says what it mutates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -74,11 +74,9 @@ def loses_writes(tensor: Tensor) -> bool:
     return is_scalar and not isinstance(tensor, torch.nn.Parameter)
 
 
-def check_reads(lists: Sequence[list[Any]]) -> None:
+def check_reads(tensors: Iterable[Any]) -> None:
     """Raises where neither the op nor its detour would be compiled rightly."""
-    params, _, *columns = lists
-    scalars = [t for column in (params, *columns) for t in column if loses_writes(t)]
-    if are_known(scalars):
+    if are_known([t for t in tensors if isinstance(t, Tensor) and loses_writes(t)]):
         raise ValueError(
             "torch.compile does not get a float64 scalar right that a graph reads before the "
             "optimizer writes it: step outside of the compiled function"
