@@ -122,14 +122,9 @@ def test_moved_before_the_first_step_of_torch(name, foreach, move):
     follow(ours, theirs, *lists(model, twin), 3)
 
 
-@pytest.mark.parametrize("held", [False, True])
-def test_unused_state_of_a_group_that_was_made_differentiable(name, held):
-    """And cast: whether or not its state still lies where it was made."""
+def test_unused_state_of_a_group_that_was_made_differentiable(name):
     model = network()
     ours, theirs, twin = pair(name, model)
-    if held:
-        for entry in ours.state.values():
-            entry.update({key: value.clone() for key, value in entry.items()})
     for optimizer, one in ((ours, model), (theirs, twin)):
         optimizer.param_groups[0].update(differentiable=True, foreach=None)
         one.double()

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonopt import packing
+from tritonopt import packing, slab
 from tritonopt.bucket import Rule
 from tritonopt.device import is_capturing
 from tritonopt.eligible import is_plain, same_layout, why_not_native
 from tritonopt.layout import IMMUTABLE, Layout
-from tritonopt.shard import local, same_shards
+from tritonopt.shard import is_sharded, local, same_shards
 from tritonopt.sweep import Sweep
 
 PATHS = ("capturable", "foreach", "differentiable")
@@ -223,7 +223,9 @@ class GroupedOptimizer(torch.optim.Optimizer):
         entry = self.state.get(param)
         if not entry:
             return True
-        return packing.is_unused(entry) and not _fits(entry, param, keys) and self._is_as_new(entry)
+        if not packing.is_unused(entry) or not all(map(_may_be_ours, entry.values())):
+            return False
+        return not _fits(entry, param, keys) and self._is_as_new(entry)
 
     @torch._disable_dynamo  # as torch's
     def state_dict(self) -> dict[str, Any]:
@@ -268,6 +270,14 @@ def _fits(entry: dict[str, Any], param: Tensor, keys: Sequence[str]) -> bool:
         and same_layout(local(entry[key]), local(param))
         for key in keys
     )
+
+
+def _may_be_ours(value: Any) -> bool:
+    """Whether state may have been made here, as far as can be told."""
+    if not isinstance(value, Tensor):
+        return False
+    in_slab = value.numel() == 0 or slab.find(value) is not None
+    return in_slab or is_sharded(value) or type(value) is not Tensor
 
 
 def has_fused_amp(optimizer: torch.optim.Optimizer) -> bool:
