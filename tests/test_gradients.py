@@ -461,3 +461,21 @@ def test_the_fast_path_is_taken_for_these(name):
     _, ours, *_ = both(name)
     assert isinstance(ours, tritonopt.RMSprop | tritonopt.Rprop)
     assert [len(layout.fallback) for layout in ours._layouts.values()] == [0]
+
+
+def test_step_sizes_in_the_gradients_dtype_are_not_made_again():
+    """When the layout is, because torch has yet to make another parameter's state."""
+    optimizers, lists = [], []
+    for kind in (OURS["Rprop"], TORCH["Rprop"]):
+        params = [nn.Parameter(torch.ones(130)), nn.Parameter(torch.ones(3, 2)[:, 0])]
+        params[0].grad_dtype = None
+        optimizers.append(kind(params, **({"foreach": False} if optimizers else {})))
+        lists.append(params)
+    for step in range(3):
+        for params in lists:
+            params[0].grad = torch.full((130,), (-1.0) ** step, dtype=torch.bfloat16)
+            params[1].grad = torch.ones(3)
+        for optimizer in optimizers:
+            optimizer.step()
+        assert_follows(*optimizers, *lists)
+        assert optimizers[0].state[lists[0][0]]["step_size"].dtype == torch.bfloat16
