@@ -344,3 +344,17 @@ def test_many_groups(name, device):
     ]
     ours, theirs = OURS[name](both[0]), TORCH[name](both[1])
     follow(ours, theirs, sum(params, []), sum(copies, []), 5)
+
+
+def test_etas_with_a_dimension_are_torchs():
+    """It looks for sign changes in their dtype: 0.3 in float64 is no float32."""
+    etas = tuple(torch.tensor([eta], dtype=torch.float64) for eta in (0.3, 1.3))
+    params = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    ours = OURS["Rprop"](params[:1], etas=etas)
+    theirs = TORCH["Rprop"](params[1:], etas=etas, foreach=False)
+    for sign in (1.0, -1.0, 1.0):
+        for param in params:
+            param.grad = torch.full((1,), sign)
+        ours.step()
+        theirs.step()
+        assert torch.equal(*params)

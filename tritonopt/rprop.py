@@ -148,9 +148,8 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
 
     def _why_torch(self, group: dict[str, Any]) -> str | None:
         etaminus, etaplus = (rounded(float(eta), torch.float32) for eta in group["etas"])
-        if not 0 < etaminus < 1 < etaplus:  # possible in a group: torch validates defaults only
-            return f"etas={group['etas']}"
-        if any(getattr(eta, "ndim", 0) for eta in group["etas"]):
+        # Possible in a group, as torch validates defaults only; or compared in their own dtype.
+        if not 0 < etaminus < 1 < etaplus or any(getattr(e, "ndim", 0) for e in group["etas"]):
             return f"etas={group['etas']}"
         if any(s is None or getattr(s, "ndim", 0) for s in group["step_sizes"]):
             return f"step_sizes={group['step_sizes']}"
