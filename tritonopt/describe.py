@@ -6,12 +6,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from tritonopt import slab
-from tritonopt.bucket import Bucket
 from tritonopt.device import path
-from tritonopt.layout import Layout
+from tritonopt.group import Group
+from tritonopt.shard import local
 
 HEAD = (
     "group", "device", "dtype", "path", "packed", "in place", "torch", "elements", "bytes/step"
@@ -19,12 +20,12 @@ HEAD = (
 TEXT = ("device", "dtype", "path")
 
 
-def table(layouts: Sequence[Layout]) -> str:
+def table(groups: Sequence[Group], sweep_path: str) -> str:
     rows: list[tuple[str, ...]] = [HEAD]
     notes: list[str] = []
-    for index, layout in enumerate(layouts):
-        rows += [(str(index), *row) for row in (*_native(layout), *_fallback(layout))]
-        notes += [f"group {index}: {note}" for note in _notes(layout)]
+    for index, known in enumerate(groups):
+        rows += [(str(index), *row) for row in (*_native(known, sweep_path), *_fallback(known))]
+        notes += [f"group {index}: {note}" for note in _notes(known)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -36,22 +37,43 @@ def table(layouts: Sequence[Layout]) -> str:
     return "\n".join(lines + notes)
 
 
-def _native(layout: Layout) -> Iterator[tuple[str, ...]]:
-    for bucket in layout.buckets:
-        packed = sum(slab.find(p) is not None for p in bucket.params)
-        in_place = len(bucket.params) - packed
-        numel = sum(p.numel() for p in bucket.params)
-        nbytes = numel * bucket.bytes_per_element
-        yield (
-            str(bucket.device), _name(bucket.dtype), _path(bucket),
-            str(packed), str(in_place), "0", f"{numel:,}", f"{nbytes:,}",
-        )  # fmt: skip
+def _native(known: Group, sweep_path: str) -> Iterator[tuple[str, ...]]:
+    """A row for each launch or sweep; what has no state yet will be in one with its like."""
+    rows: dict[tuple[str, str, str], list[tuple[Tensor, int]]] = {}
+    for part in known.plan.parts if known.plan is not None else ():
+        kind = str(part.device), _name(part.dtype), _path(part.device, sweep_path)
+        params = [known.native[index] for index in part.indices]
+        rows.setdefault(kind, []).extend((p, part.bytes_per_element) for p in params)
+    for param in known.expected():
+        device = local(param).device
+        kind = str(device), _name(param.dtype), _path(device, sweep_path)
+        nbytes = param.itemsize * (3 + 2 * len(known.rule.used))
+        rows.setdefault(kind, []).append((param, nbytes))
+    for kind, members in rows.items():
+        packed = sum(_why_in_place(p, known) is None for p, _ in members)
+        numel = sum(local(p).numel() for p, _ in members)
+        nbytes = sum(local(p).numel() * per_element for p, per_element in members)
+        counts = packed, len(members) - packed, 0, numel, nbytes
+        yield (*kind, *(f"{count:,}" for count in counts))
 
 
-def _fallback(layout: Layout) -> Iterator[tuple[str, ...]]:
+def _why_in_place(param: Tensor, known: Group) -> str | None:
+    """None for what lies in a slab, and for what the first step will move to one."""
+    why = slab.why_not_packed(param)
+    if why is None and known.packed and slab.find(param) is None:
+        return "nothing lies beside it, or it was moved after the first step"
+    return why
+
+
+def _path(device: torch.device, sweep_path: str) -> str:
+    kind, name = path(device)
+    return sweep_path if kind == "eager" else name
+
+
+def _fallback(known: Group) -> Iterator[tuple[str, ...]]:
     counts: Counter[tuple[str, str]] = Counter()
     numels: Counter[tuple[str, str]] = Counter()
-    for param, _ in layout.fallback:
+    for param, _ in known.fallback:
         kind = str(param.device), _name(param.dtype)
         counts[kind] += 1
         numels[kind] += 0 if is_lazy(param) else param.numel()
@@ -59,25 +81,14 @@ def _fallback(layout: Layout) -> Iterator[tuple[str, ...]]:
         yield (*kind, "torch", "0", "0", str(count), f"{numels[kind]:,}", "-")
 
 
-def _notes(layout: Layout) -> Iterator[str]:
-    loose = [
-        owner
-        for bucket in layout.buckets
-        for owner, param in zip(bucket.owners, bucket.params, strict=True)
-        if slab.find(param) is None
-    ]
-    reasons = Counter(slab.why_not_packed(p) or "was moved out of its slab" for p in loose)
-    for why, count in reasons.items():
+def _notes(known: Group) -> Iterator[str]:
+    reasons = [_why_in_place(param, known) for param in (*known.native, *known.expected())]
+    for why, count in Counter(filter(None, reasons)).items():
         yield f"{count} in place: {why}"
-    for why, count in Counter(why for _, why in layout.fallback).items():
+    for why, count in Counter(why for _, why in known.fallback).items():
         yield f"{count} left to torch: {why}"
-    counted = sum(len(bucket.params) for bucket in layout.buckets) + len(layout.fallback)
-    if counted < len(layout.params):
-        yield f"{len(layout.params) - counted} without state until their first gradient"
-
-
-def _path(bucket: Bucket) -> str:
-    return getattr(bucket.update, "path", path(bucket.device)[1])
+    if known.waiting:
+        yield f"{len(known.waiting)} without state until their first gradient"
 
 
 def _name(dtype: torch.dtype) -> str:

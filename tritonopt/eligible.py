@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from tritonopt import slab
 from tritonopt.device import path
 from tritonopt.shard import local, same_shards
+from tritonopt.slab import is_dense
 
 HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -18,6 +18,8 @@ BAD_GRADIENT = "has a gradient of another type, device or shape"
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor is nothing but memory: an address, a shape and strides."""
+    if type(tensor) is Tensor or type(tensor) is torch.nn.Parameter:
+        return tensor.layout is torch.strided
     return (
         type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
         and tensor.layout is torch.strided
@@ -27,10 +29,12 @@ def is_plain(tensor: Tensor) -> bool:
 
 def same_layout(left: Tensor, right: Tensor) -> bool:
     """Whether equal offsets are equal elements. Strides of dimensions of size 1 do not matter."""
-    return left.size() == right.size() and all(
-        size == 1 or a == b
-        for size, a, b in zip(left.size(), left.stride(), right.stride(), strict=True)
-    )
+    if left.size() != right.size():
+        return False
+    if left.stride() == right.stride():
+        return True
+    sizes = zip(left.size(), left.stride(), right.stride(), strict=True)
+    return all(size == 1 or a == b for size, a, b in sizes)
 
 
 def belongs(grad: Tensor, param: Tensor) -> bool:
@@ -46,7 +50,7 @@ def why_not_native(param: Tensor) -> str | None:
         return f"is a {type(param).__name__}"
     if param.dtype not in (*HALF_OR_SINGLE, torch.float64):
         return f"is {param.dtype}".replace("torch.", "")
-    if not slab.is_dense(param):
+    if not is_dense(param):
         return "is not dense"
     if param.is_neg():
         return "is lazily negated"
@@ -66,13 +70,14 @@ def why_not_together(param: Tensor, grad: Tensor | None, states: Sequence[Tensor
             return "has state that is not a plain tensor"
         if tensor.device != param.device:
             return f"has state on {tensor.device}"
-        if not same_layout(tensor, param) or not slab.is_dense(tensor):
+        if not same_layout(tensor, param):
             return "has state of another shape or memory layout"
-    if grad is not None and grad.layout is torch.strided:
-        if not belongs(grad, param):
-            return BAD_GRADIENT
+    if grad is not None and not belongs(grad, param):
+        return BAD_GRADIENT
     dtypes = {t.dtype for t in (param, *states, *([] if grad is None else [grad]))}
-    if len({s.dtype for s in states}) > 1 or not (len(dtypes) == 1 or dtypes <= {*HALF_OR_SINGLE}):
+    if len(dtypes) == 1:
+        return None
+    if len({s.dtype for s in states}) > 1 or not dtypes <= {*HALF_OR_SINGLE}:
         return "mixes dtypes: " + ", ".join(sorted(str(d).replace("torch.", "") for d in dtypes))
     return None
 
@@ -85,10 +90,12 @@ def overlapping(rows: Iterable[Sequence[Tensor]]) -> set[int]:
     ranges = []
     for index, row in enumerate(rows):
         for tensor in row:
-            if is_plain(tensor) and tensor.numel() and tensor.device.type != "meta":
-                dims = zip(tensor.size(), tensor.stride(), strict=True)
-                start, last = tensor.data_ptr(), sum((n - 1) * s for n, s in dims)
-                ranges.append((start, start + (last + 1) * tensor.itemsize, index))
+            if is_plain(tensor) and not tensor.is_meta and (numel := tensor.numel()):
+                start, itemsize = tensor.data_ptr(), tensor.itemsize
+                if not tensor.is_contiguous():
+                    dims = zip(tensor.size(), tensor.stride(), strict=True)
+                    numel = 1 + sum((n - 1) * s for n, s in dims)
+                ranges.append((start, start + numel * itemsize, index))
     ranges.sort()
     found: set[int] = set()
     end, owner = 0, -1

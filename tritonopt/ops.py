@@ -40,14 +40,18 @@ Raises:
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from tritonopt import eager, rmsprop, rprop
+from tritonopt.device import is_capturing
 from tritonopt.eager import VARIANTS
-from tritonopt.plan import Call, Plan
+from tritonopt.eligible import is_plain, overlapping, why_not_native, why_not_together
+from tritonopt.plan import Lists, Plan, Rule
 
 _RMSPROP = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] grad_avgs, "
@@ -73,6 +77,9 @@ SCHEMAS = {  # Scalar and not float: a float of a schema is a constant to the co
 
 RECENT_PLANS = 4
 """Which parameters have gradients may alternate between a few patterns."""
+
+RMSPROP = Rule("RMSprop", eager.rmsprop_, rmsprop.launcher, rmsprop.STATE, ("square_avg",))
+RPROP = Rule("Rprop", eager.rprop_, rprop.launcher, rprop.STATE, rprop.STATE)
 
 _library = torch.library.Library("tritonopt", "DEF")
 _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by the first state tensor
@@ -103,11 +110,12 @@ def rmsprop_(
     if bias_correction and len(state_steps) != len(params):
         raise ValueError("rmsprop_ needs state_steps for bias_correction, one for each parameter")
     columns = [square_avgs, grad_avgs, momentum_buffers]
+    rule = RMSPROP._replace(takes_step=bias_correction)
     _update(
-        Call("rmsprop_", params, grads, columns, state_steps),
+        rule, Lists(params, grads, columns, state_steps),
         lr=lr if isinstance(lr, Tensor) and not lr.is_cpu else float(lr),
         alpha=float(alpha), eps=float(eps), weight_decay=float(weight_decay),
-        momentum=float(momentum), maximize=maximize, counts=bias_correction, **switches,
+        momentum=float(momentum), maximize=maximize, **switches,
     )  # fmt: skip
 
 
@@ -129,26 +137,76 @@ def rprop_(
     if variant not in VARIANTS:
         raise ValueError(f"rprop_: invalid variant {variant!r}, not one of {VARIANTS}")
     _update(
-        Call("rprop_", params, grads, [prevs, step_sizes], state_steps),
+        RPROP, Lists(params, grads, [prevs, step_sizes], state_steps),
         etaminus=float(etaminus), etaplus=float(etaplus), step_size_min=float(step_size_min),
         step_size_max=float(step_size_max), maximize=maximize, variant=variant,
         loss_rose=loss_rose,
     )  # fmt: skip
 
 
-def _update(call: Call, counts: bool = False, **hyper: Any) -> None:
-    if not call.params:
+def _update(rule: Rule, lists: Lists, **hyper: Any) -> None:
+    if not lists.params:
         return
-    states = call.columns[0] or call.params
+    states = lists.columns[0] or lists.params
     recent = _plans.setdefault(states[0], [])  # gone with the optimizer, or a new state
-    plan = next((p for p in recent if p.fits(call)), None)
-    if plan is None:
-        recent[:] = [p for p in recent if p.is_current()]
-        plan = Plan(call)
-        recent.insert(0, plan)
+    for plan, _ in recent:
+        grads = plan.gradients(lists) if plan.rule == rule else None
+        if grads is not None:
+            break
+    else:
+        recent[:] = [known for known in recent if _is_current(*known)]
+        plan = _plan(rule, lists)
+        grads = plan.gradients(lists)
+        assert grads is not None
+        owners = [weakref.ref(tensor) for tensor in lists.written()]
+        recent.insert(0, (plan, owners))
         del recent[RECENT_PLANS:]
-    plan(call.grads, hyper, counts)
-    torch.autograd.graph.increment_version(call.params)  # a later backward must notice
+    plan(grads, hyper, reserve=True)
+    torch.autograd.graph.increment_version(lists.params)  # a later backward must notice
+
+
+def _is_current(plan: Plan, owners: list[weakref.ref[Tensor]]) -> bool:
+    """Whether the tensors are alive and have not moved: else a plan only keeps memory."""
+    found = [owner() for owner in owners]
+    return [None if t is None else t.data_ptr() for t in found] == plan.addresses
+
+
+def _plan(rule: Rule, lists: Lists) -> Plan:
+    params, grads, columns, steps = lists
+    name = f"{rule.title.lower()}_"
+    used = [column for column in columns if column]
+    if {len(params)} != {len(column) for column in (params, grads, *used)}:
+        raise ValueError(f"{name} needs lists of equal lengths; lists it does not use are empty")
+    if not all(column for key, column in zip(rule.state, columns, strict=True) if key in rule.used):
+        raise ValueError(f"{name} needs state for every parameter")
+    if is_capturing(params[0].device):
+        raise NotImplementedError(f"{name} must have run once before a graph captures it")
+    for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        states = [column[index] for column in used]
+        if any(tensor.size() != param.size() for tensor in (grad, *states)):
+            raise ValueError(f"{name}: a gradient or state has not the size of parameter {index}")
+        why = _why_not(param, grad, states)  # type: ignore[arg-type]
+        if why is not None:
+            raise NotImplementedError(f"{name}: parameter {index} {why}")
+    if overlapping(zip(*used, strict=True)) or overlapping([step] for step in steps):
+        raise ValueError(f"{name}: state of different parameters shares memory")
+    # Other tensors of the same memory: the cache would keep its own keys alive.
+    others: list[Any] = [[t.detach() for t in column] for column in (params, *columns, steps)]
+    alike = Lists(others[0], grads, others[1:-1], others[-1])
+    return Plan(rule, alike, apart=overlapping([param] for param in params))
+
+
+def _why_not(param: Tensor, grad: Tensor, states: list[Tensor]) -> str | None:
+    if not is_plain(param):
+        return why_not_native(param)
+    if grad.layout is not torch.strided:
+        return f"has a {grad.layout} gradient"
+    if not all(map(is_plain, states)):
+        return "has state that is not a plain tensor"
+    param = param.detach().contiguous()
+    return why_not_native(param) or why_not_together(
+        param, grad.detach(), [state.contiguous() for state in states]
+    )
 
 
 def _fake(*args: Any, **kwargs: Any) -> None:

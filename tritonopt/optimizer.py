@@ -1,37 +1,49 @@
-"""The step that all optimizers share: param groups to slabs, one update for each."""
+"""The step that all optimizers share: each param group is one plan, made anew where it must be."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, wraps
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 from torch.autograd import _profiler_enabled
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from torch.optim.optimizer import (
+    _get_scalar_dtype,
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
-from tritonopt import traced
-from tritonopt.bucket import Stale
+from tritonopt import slab
 from tritonopt.describe import table
-from tritonopt.device import path
-from tritonopt.groups import GroupedOptimizer, has_fused_amp
-from tritonopt.layout import Layout
+from tritonopt.device import is_capturing, path
+from tritonopt.eligible import why_not_native
+from tritonopt.group import Group, Stale
+from tritonopt.plan import Rule
 from tritonopt.scaling import NONE, Scaling, scaled, scaling, total_norm
-from tritonopt.shard import is_sharded
-from tritonopt.verify import copied, same
-
-_UNTRACED = "need a step that is not traced: call optimizer.compile() and step eagerly"
+from tritonopt.shard import is_sharded, local
+from tritonopt.sweep import Sweep
 
 _HAS_ACCELERATOR = torch.accelerator.current_accelerator() is not None
 """Whether this torch is built for one, which a graph may be capturing on."""
 
+_SCALAR = torch.empty((), device="meta")
 
-class SlabOptimizer(GroupedOptimizer):
+
+class FusedOptimizer(torch.optim.Optimizer):
     """Mixed in before one of torch's optimizers: validation, texts and old checkpoints are its."""
 
-    _lists: int  # that torch's `_init_group` fills
+    _options: dict[str, Any] = {}  # that torch does not have, with the values of torch's rule
+    _like_gradient: tuple[str, ...] = ()  # state that torch makes in the gradient's dtype
+    _sweep: Callable[..., Sweep] = Sweep
     _compile_kwargs: dict[str, Any] | None = None
+    _groups: dict[int, Group]  # by position in param_groups; a cache, verified at every step
+    _known: tuple[list[Any], list[Any]]  # keys and values of the state that the groups know
     max_grad_norm: float | None = None  # over all groups
     grad_norm: Tensor | None = None  # before clipping, of the last step with max_grad_norm
 
@@ -53,7 +65,28 @@ class SlabOptimizer(GroupedOptimizer):
         super().__init__(params, *args, **kwargs)
         if fused_amp and self.defaults["differentiable"]:
             raise RuntimeError("`fused_amp` does not support `differentiable`")
-        self._begin_all(options or {})
+        self._begin(options or {})
+
+    def _begin(self, options: dict[str, Any]) -> None:
+        # Groups hold an option only where it is in force: a distributed checkpoint must have every
+        # key of a group, and one of torch's optimizer has torch's keys.
+        options = {name: v for name, v in options.items() if v != self._options[name]}
+        self.defaults.update(options)
+        for group in self.param_groups:
+            for name, value in options.items():
+                group.setdefault(name, value)
+            self._check(group)
+        self._groups, self._known = {}, ([], [])
+        for group in self.param_groups:
+            self._pack_on_accelerator(group)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        built = "_groups" in self.__dict__  # not while the constructor adds the first groups
+        if built and isinstance(param_group, dict):
+            self._check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        if built:
+            self._pack_on_accelerator(self.param_groups[-1])
 
     def __getstate__(self) -> dict[str, Any]:
         names = {"max_grad_norm", "_step_supports_amp_scaling", "_compile_kwargs"}
@@ -61,48 +94,90 @@ class SlabOptimizer(GroupedOptimizer):
         return {**super().__getstate__(), **{name: vars(self)[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        before = vars(self).get("param_groups", [])
         super().__setstate__(state)
-        self.__dict__.setdefault("_layouts", {}).clear()  # with the state that they knew
-        self.__dict__.setdefault("_known", []).clear()
+        for old, group in zip(before, self.param_groups, strict=False):
+            for name in self._options:  # which a checkpoint of torch's optimizer does not know
+                if name in old:
+                    group.setdefault(name, old[name])
+        self._groups, self._known = {}, ([], [])
         if has_fused_amp(self):  # a skipped step is not counted, which only the device knows
             for param, entry in self.state.items():
                 if isinstance(param, Tensor) and isinstance(entry.get("step"), Tensor):
                     entry["step"] = entry["step"].to(param.device)
-        for group in self.param_groups:
-            self._make_again(group)
         if self._compile_kwargs is not None:
             self.compile(**self._compile_kwargs)
 
     def _adopt(self) -> None:
         """Takes over after `__class__` was changed from torch's optimizer."""
         self._patch_step_function()  # hooks and profiler names, once per class
-        self._begin_all(self._options)
+        self._begin(self._options)
 
     # What a subclass says of its rule.
 
-    def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+    def rule(self, group: dict[str, Any]) -> Rule:
+        raise NotImplementedError
+
+    def hyper(self, group: dict[str, Any]) -> dict[str, Any]:
         """The rule's keyword arguments."""
         raise NotImplementedError
 
-    def _torch_update(self, group: dict[str, Any]) -> None:
+    def initial(self, key: str, group: dict[str, Any]) -> float:
+        """The value with which a state tensor begins."""
+        return 0.0
+
+    def update_by_torch(self, group: dict[str, Any]) -> None:
         """One step of the group by torch's functional implementation."""
         raise NotImplementedError
+
+    def _deciding(self, group: dict[str, Any]) -> list[Any]:
+        """The values that `_check`, `rule` and `_why_torch` depend on, and `capturable`."""
+        raise NotImplementedError
+
+    def _why_torch(self, group: dict[str, Any]) -> str | None:
+        """Why a group is left to torch as a whole; None if it is not."""
+        if group["differentiable"]:
+            return "differentiable=True"
+        if group["foreach"] is not None:
+            return f"foreach={group['foreach']}"
+        return _why_watched()
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raises ValueError where an option has a wrong value or does not go with another."""
+        for name in ("fused_amp", "max_grad_norm"):
+            if name in group:
+                raise ValueError(f"{name} concerns all param groups: give it to the constructor")
+        option = self._beyond_torch(group)
+        why = self._why_torch(group) if option else None
+        if why:
+            raise ValueError(f"{option} is not in torch's implementation, which {why} selects")
+
+    def _option(self, group: dict[str, Any], name: str) -> Any:
+        """The value of an option that torch does not have."""
+        return group.get(name, self._options[name])
+
+    def _beyond_torch(self, group: dict[str, Any]) -> str | None:
+        """An option in force that torch does not have; None if torch has the group's rule."""
+        for name, value in self._options.items():
+            if self._option(group, name) != value:
+                return f"{name}={self._option(group, name)!r}"
+        return None
+
+    def _is_untrained(self, entry: Any) -> bool:
+        """Whether state has been made, but says that it is still to be started from the options."""
+        return False
+
+    def _start(self, group: dict[str, Any], entry: Any) -> None:
+        """Starts untrained state."""
 
     def _see_loss(self, loss: Any) -> None:
         """Called once per step, before anything is updated, with what the closure returned."""
 
-    def _waits(self) -> bool:
+    def _needs_host_sync(self) -> bool:
         """Whether the host must know, before anything is updated, that a step is not skipped."""
         return False
 
-    def _settle(self, work: list[Any]) -> bool:
-        """Called once per step with the layouts and gradients, in which nothing is wrong.
-
-        Returns whether a layout was made again.
-        """
-        return False
-
-    def _before_update(self, group: dict[str, Any], layout: Layout) -> None:
+    def _before_update(self, group: dict[str, Any]) -> None:
         """Called before each update of a group."""
 
     # The step.
@@ -113,7 +188,7 @@ class SlabOptimizer(GroupedOptimizer):
         watched = torch.optim.Optimizer.profile_hook_step(func)
 
         @wraps(func)
-        def step(self: SlabOptimizer, *args: Any, **kwargs: Any) -> Any:
+        def step(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling() or _profiler_enabled() or _has_step_hooks(self):
                 return watched(self, *args, **kwargs)
             return func(self, *args, **kwargs)
@@ -135,73 +210,189 @@ class SlabOptimizer(GroupedOptimizer):
             ValueError: an option that torch does not have meets a parameter that is left to torch,
                 or the variant needs a loss and there is none. Nothing has been changed, either.
         """
-        if torch.compiler.is_compiling():
-            return traced.step(self, closure)
-        if _HAS_ACCELERATOR:
-            self._accelerator_graph_capture_health_check()
-        self._opt_called = True
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for index in range(len(self.param_groups), len(self._layouts)):
-            self._layouts.pop(index, None)  # of groups that were removed
-        with torch.set_grad_enabled(False):  # as `no_grad`, in half the time
-            state = None if same(self._objects(), self._known) else self.state
-            work = self._examine_all(state)
-            if state is not None:
-                self._know()
-            if self._settle(work):
-                work = self._examine_all(self.state)
-            scaling = self._scaling(work)
-            if scaling is None:
-                return loss
-            self._see_loss(loss)
-            for group, (layout, gradients) in zip(self.param_groups, work, strict=True):
-                self._update(group, layout, gradients, scaling)
+        self._update(loss)
         return loss
 
     # A scheduler wraps a step without this mark, to set `_opt_called`, in a file that dynamo skips.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
-    def _objects(self) -> list[list[Any]]:
-        """What layouts are made of: parameters, their entries of state, and the groups' lists."""
-        return [[*self.state], [*self.state.values()], [g["params"] for g in self.param_groups]]
+    def _update(self, loss: Any) -> None:
+        """What is left of a step once the gradients are there; dynamo does not trace it."""
+        if _HAS_ACCELERATOR:
+            self._accelerator_graph_capture_health_check()
+        self._opt_called = True
+        with torch.set_grad_enabled(False):  # as `no_grad`, in half the time
+            work = self._look()
+            scaling = None if work is None else self._scaling(work)
+            if work is None or scaling is None:
+                return
+            self._see_loss(loss)
+            for group, (known, grads) in zip(self.param_groups, work, strict=True):
+                self._update_group(group, known, grads, scaling)
 
-    def _know(self) -> None:
-        """Notes which objects the layouts, which hold now, were made of."""
-        keys, entries, groups = self._objects()
-        copies = [
-            copied(entry) if isinstance(key, Tensor) else entry
-            for key, entry in zip(keys, entries, strict=True)
-        ]
-        self._known[:] = keys, copies, [[*group] for group in groups]
+    def _look(self) -> list[tuple[Group, Sequence[Tensor | None]]] | None:
+        """What is known of each group, and the gradients that its plan needs; None: do nothing."""
+        keys, values = self._known
+        state: Any = self.state
+        if (
+            len(state) == len(keys)
+            and all(map(is_, state, keys))
+            and all(map(is_, state.values(), values))
+        ):
+            state = None
+        work: list[Any] = [self._current(index, state) for index in range(len(self.param_groups))]
+        stale = [index for index, found in enumerate(work) if found is None]
+        if stale and not self._look_again(stale):
+            return None
+        for index in stale:
+            known = self._groups[index]
+            work[index] = known, known.gradients(known.params, None)
+        if stale or state is not None:
+            self._known = [*self.state], [*self.state.values()]
+            for index in [i for i in self._groups if i >= len(work)]:
+                self._groups.pop(index, None)  # of groups that were removed
+        return work
 
-    def _examine_all(self, state: dict[Tensor, Any] | None) -> list[Any]:
-        """Of all groups, again where one of them packed what another one may have, too."""
-        indices = range(len(self.param_groups))
-        while True:
-            self._packed = False
-            work = [self._examine(index, state) for index in indices]
-            if not self._packed or len(indices) == 1:
-                return work
-            state = self.state
-
-    def _examine(
-        self, index: int, state: dict[Tensor, Any] | None
-    ) -> tuple[Layout, list[list[Tensor | None] | None]]:
-        """The group's layout as it is now, and the gradients of each of its buckets."""
-        layout = self._current(index, state)
-        if layout.fallback:
-            self._check_fallback(index, layout)
+    def _current(self, index: int, state: Any) -> tuple[Group, Sequence[Tensor | None]] | None:
+        """A group and its gradients; None if it must be looked at again."""
+        group, known = self.param_groups[index], self._groups.get(index)
+        if known is None:
+            return None
+        options = self._deciding(group)
+        if options != known.options:
+            self._check(group)
+            if (self.rule(group), self._why_torch(group), group["capturable"]) != known.flags:
+                return None
+            known.options = _unchanging(options)
         try:
-            return layout, [bucket.gradients() for bucket in layout.buckets]
+            return known, known.gradients(group["params"], state)
         except Stale:
-            layout = self._remake(index)
-            self._check_fallback(index, layout)
-            return layout, [bucket.gradients() for bucket in layout.buckets]
+            return None
 
-    def _scaling(self, work: list[Any]) -> Scaling | None:
+    def _look_again(self, stale: Sequence[int]) -> bool:
+        """Looks at groups anew, once their missing state has been made; False: do nothing."""
+        groups = [self.param_groups[index] for index in stale]
+        if any(is_capturing(p.device) for group in groups for p in group["params"][:1]):
+            raise RuntimeError(
+                "parameters, state or options changed since the last step, or there was none: "
+                "take one step before a graph captures it"
+            )
+        bare = []  # of each group, parameters with a first gradient
+        for group in groups:
+            self._check(group)
+            given = [p for p in group["params"] if p.grad is not None]
+            for param in given:
+                layout = local(param.grad).layout
+                if layout is not torch.strided:
+                    kind = "sparse" if param.grad.is_sparse else str(layout)
+                    raise RuntimeError(
+                        f"{self.rule(group).title} does not support {kind} gradients"
+                    )
+            bare.append([p for p in given if not self.state.get(p)])
+        if any(bare):
+            skip = vars(self).get("found_inf") if has_fused_amp(self) else None
+            if skip is not None and skip.item():
+                return False
+            if self._is_dummy_step(groups, bare):
+                for group, params in zip(groups, bare, strict=True):
+                    self._make_state(group, params, dict.fromkeys(self.rule(group).used, 0.0))
+                return False
+        for index, group, params in zip(stale, groups, bare, strict=True):
+            self._look_at(index, group, params)
+        return True
+
+    def _look_at(self, index: int, group: dict[str, Any], bare: Sequence[Tensor]) -> None:
+        why_torch, rule = self._why_torch(group), self.rule(group)
+        if not why_torch:
+            starts = {key: self.initial(key, group) for key in rule.used}
+            self._make_state(group, [p for p in bare if why_not_native(p) is None], starts)
+        for param in group["params"]:
+            if param.grad is not None and self._is_untrained(self.state.get(param)):
+                self._start(group, self.state[param])
+        last = self._groups.get(index)
+        packed = last is not None and last.packed
+        if not packed and any(p.grad is not None for p in group["params"]):
+            self._pack_on_cpu(group)
+            packed = True
+        known = self._group(group)
+        known.packed, known.options = packed, _unchanging(self._deciding(group))
+        option = self._beyond_torch(group)
+        for param, why in known.fallback if option else ():
+            if param.grad is not None:
+                for made in bare:
+                    self.state.pop(made, None)
+                raise ValueError(
+                    f"{option} is not in torch's implementation, which is needed for a parameter "
+                    f"of size {tuple(param.size())}: it {why}"
+                )
+        self._groups[index] = known
+
+    def _group(self, group: dict[str, Any]) -> Group:
+        return Group(
+            self.rule(group), group, self.state, self._why_torch(group), self._is_untrained,
+            self._sweep,
+        )  # fmt: skip
+
+    def _is_dummy_step(self, groups: Sequence[Any], bare: Sequence[Sequence[Tensor]]) -> bool:
+        """Whether somebody only wants the state made, as `get_optimizer_state_dict` does.
+
+        torch's Rprop is ruined by it: step sizes start from 0 and become the least there is.
+        """
+        return False
+
+    def _make_state(
+        self, group: dict[str, Any], params: Sequence[Tensor], starts: dict[str, float]
+    ) -> None:
+        """State as torch makes it, in slabs."""
+        on_device = group["capturable"] or has_fused_amp(self)
+        scalar = _get_scalar_dtype()
+        kinds: dict[Any, list[Tensor]] = {}
+        with torch.inference_mode(False):
+            for param in params:
+                if _makes_plain(param):
+                    kinds.setdefault(param.grad.dtype, []).append(param)  # type: ignore[union-attr]
+                    continue
+                home = param.device if on_device else torch.device("cpu")
+                self.state[param] = {"step": torch.zeros((), dtype=scalar, device=home)}
+                for key, start in starts.items():  # sharded checkpoints need the parameter's type
+                    like = param.grad if key in self._like_gradient else param
+                    self.state[param][key] = torch.full_like(like, start)  # type: ignore[arg-type]
+        for grad_dtype, members in kinds.items():
+            for batch in slab.batches(members):
+                device, dtype = batch[0].device, batch[0].dtype
+                home = device if on_device else torch.device("cpu")
+                columns = {
+                    "step": slab.allocate([_SCALAR] * len(batch), scalar, home, alignment=1)
+                }
+                for key, start in starts.items():
+                    kind = grad_dtype if key in self._like_gradient else dtype
+                    columns[key] = slab.allocate(batch, kind, device, start)
+                for number, param in enumerate(batch):
+                    self.state[param] = {key: column[number] for key, column in columns.items()}
+
+    def _pack_on_accelerator(self, group: dict[str, Any]) -> None:
+        """At once: a graph that is captured later may know the parameters' addresses."""
+        if not self._why_torch(group):
+            params = dict.fromkeys(group["params"])
+            slab.pack(p for p in params if p.device.type != "cpu" and _may_move(p))
+
+    def _pack_on_cpu(self, group: dict[str, Any]) -> None:
+        """At the first step: until then models are moved, cast and wrapped."""
+        if self._why_torch(group):
+            return
+        params = [p for p in dict.fromkeys(group["params"]) if p.is_cpu and _may_move(p)]
+        slab.pack(params)
+        entries = [entry for entry in map(self.state.get, params) if entry]
+        for key in self.rule(group).used:
+            slab.pack(entry[key] for entry in entries if isinstance(entry.get(key), Tensor))
+        steps = [entry["step"] for entry in entries if isinstance(entry.get("step"), Tensor)]
+        slab.pack((step for step in steps if step.is_cpu), alignment=1)
+
+    def _scaling(self, work: Sequence[Any]) -> Scaling | None:
         """What the gradients count; None if the step is skipped, as far as the host may know."""
         amp = vars(self) if has_fused_amp(self) else {}
         grad_scale, skip = amp.get("grad_scale"), amp.get("found_inf")
@@ -209,31 +400,29 @@ class SlabOptimizer(GroupedOptimizer):
             return NONE
         norm = None if self.max_grad_norm is None else total_norm(work)
         found, self.grad_norm = scaling(norm, self.max_grad_norm, grad_scale, skip)
-        if skip is not None and (self._waits() or not all(map(_in_kernels, work))):
+        waits = self._needs_host_sync() or not all(_in_kernels(known) for known, _ in work)
+        if skip is not None and waits:
             return None if skip.item() else found._replace(skip=None)
         return found
 
-    def _update(
+    def _update_group(
         self,
         group: dict[str, Any],
-        layout: Layout,
-        gradients: list[list[Tensor | None] | None],
+        known: Group,
+        grads: Sequence[Tensor | None],
         scaling: Scaling,
     ) -> None:
-        self._before_update(group, layout)
-        if layout.fallback:
-            params = [param for param, _ in layout.fallback]
+        self._before_update(group)
+        if known.fallback:
+            params = [param for param, _ in known.fallback]
             foreach = group["foreach"] or False  # one after the other, as overlapping tensors need
             differentiable = self.defaults["differentiable"]
             with torch.set_grad_enabled(differentiable), scaled(params, scaling.factor):
-                self._torch_update({**group, "params": params, "foreach": foreach})
-        for bucket, grads in zip(layout.buckets, gradients, strict=True):
-            if grads is not None:
-                bucket.step(grads, self._hyper(group), scaling)
-                if group["capturable"]:
-                    bucket.reserve()
-
-    # Compiled steps.
+                self.update_by_torch({**group, "params": params, "foreach": foreach})
+        changed = [p for p, grad in zip(known.native, grads, strict=True) if grad is not None]
+        if known.plan is not None and changed:
+            known.plan(grads, self.hyper(group), *scaling, reserve=group["capturable"])
+            torch.autograd.graph.increment_version(changed)  # a later backward must notice
 
     def compile(self, **kwargs: Any) -> None:
         """From now on :meth:`step` runs compiled code: :meth:`torch.nn.Module.compile` for steps.
@@ -254,58 +443,15 @@ class SlabOptimizer(GroupedOptimizer):
 
         self._compile_kwargs = kwargs
         self._sweep = partial(CompiledSweep, **kwargs)
-        self._layouts.clear()
-
-    def _init_group(self, group: dict[str, Any], *lists: list[Any]) -> int:
-        """Torch's, and, given twice as many lists, what a traced step works on.
-
-        Dynamo does not trace this method: it runs it while it traces, and knows of every tensor in
-        the lists where it comes from. What must happen eagerly before a step happens here.
-        """
-        count = self._lists
-        if len(lists) == count:
-            return bool(super()._init_group(group, *lists))  # type: ignore[misc]
-        self._check(group)
-        self._check_traced(group)
-        index = next(i for i, g in enumerate(self.param_groups) if g is group)
-        self._make_state(group, [p for p in group["params"] if p.grad is not None])
-        layout = self._look(index)
-        self._check_fallback(index, layout)
-        with torch.no_grad():
-            self._before_update(group, layout)
-        rest = {**group, "params": traced.fill(layout, lists[:count])}
-        self._opt_called = True
-        if index == 0:  # later, dynamo knows of all tensors, read or not
-            given = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
-            traced.check_reads(t for p in given for t in (p, *self.state.get(p, {}).values()))
-        known = traced.are_known(lists[count - 1])
-        has_complex = super()._init_group(rest, *lists[count:])  # type: ignore[misc]
-        return traced.HAS_COMPLEX * bool(has_complex) + traced.STEPS_ARE_KNOWN * known
-
-    def _check_traced(self, group: dict[str, Any]) -> None:
-        """Raises where a traced graph could not do what the group asks of it."""
-        if self.max_grad_norm is not None or getattr(self, "_step_supports_amp_scaling", False):
-            raise ValueError(f"max_grad_norm and fused_amp {_UNTRACED}")
-        if any(map(is_sharded, group["params"])):
-            raise ValueError(f"sharded parameters {_UNTRACED}")
-
-    def _traced_conditions(self, group: dict[str, Any]) -> list[bool]:
-        """Whatever about floats decides which op is traced, and whether it may be."""
-        raise NotImplementedError
-
-    def _traced_update(
-        self, group: dict[str, Any], native: Any, rest: Any, has_complex: bool
-    ) -> None:
-        """One step of the group in a graph: an op for the native lists, torch for the rest."""
-        raise NotImplementedError
+        self._groups = {}
 
     def describe(self) -> str:
         """A table of what updates which parameters, and why any of them is not packed.
 
-        A line is a bucket: what one launch, or one sweep on a CPU, updates: parameters of one
-        group, device and dtype. *packed* ones lie in a slab, *in place* ones take part from where
-        they are, *torch* ones are left to torch's functional implementation. The bytes are the
-        least a step can move: parameter, gradient and state read, parameter and state written.
+        A line is what one launch, or one sweep on a CPU, updates: parameters of one group, device
+        and dtype. *packed* ones lie in a slab, *in place* ones take part from where they are,
+        *torch* ones are left to torch's functional implementation. The bytes are the least a step
+        can move: parameter, gradient and state read, parameter and state written.
 
         Example:
             >>> model = torch.nn.Linear(4, 4)
@@ -313,20 +459,47 @@ class SlabOptimizer(GroupedOptimizer):
             group  device  dtype    path   packed  in place  torch  elements  bytes/step
                 0  cpu     float32  eager       2         0      0        20         400
         """
-        layouts = []
         for index, group in enumerate(self.param_groups):
-            layout = self._layouts.get(index)
-            same = layout is not None and layout.flags == self._flags(group)
-            if layout is None or not same or not layout.holds(group["params"], self.state):
-                layout = self._look(index)
-            layouts.append(layout)
-        return table(layouts)
+            last, self._groups[index] = self._groups.get(index), self._group(group)
+            self._groups[index].packed = last is not None and last.packed
+        return table([*self._groups.values()], getattr(self._sweep, "func", self._sweep).path)
 
 
-def _in_kernels(work: tuple[Layout, Any]) -> bool:
-    """Whether kernels alone update the layout's parameters."""
-    layout, _ = work
-    return not layout.fallback and all(path(b.device)[0] == "kernel" for b in layout.buckets)
+def has_fused_amp(optimizer: torch.optim.Optimizer) -> bool:
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def _why_watched() -> str | None:
+    """Whether a mode watches operators, which it would not see on the very tensors."""
+    if torch._C._len_torch_dispatch_stack():
+        return "a TorchDispatchMode"
+    if torch._C._len_torch_function_stack():
+        for mode in _get_current_function_mode_stack():
+            if not isinstance(mode, DeviceContext):  # `torch.set_default_device` is one
+                return "a TorchFunctionMode"
+    return None
+
+
+def _unchanging(options: list[Any]) -> list[Any] | None:
+    """To compare later ones with; None where a tensor or an array may have been written to."""
+    known = (int, float, str, type(None))
+    return options if all(isinstance(option, known) for option in options) else None
+
+
+def _makes_plain(param: Tensor) -> bool:
+    """Whether what is made like it is a plain tensor."""
+    plain = type(param).__torch_function__ is torch._C._disabled_torch_function_impl
+    return (plain or type(param) is Tensor) and not is_sharded(param) and not param.is_complex()
+
+
+def _may_move(param: Tensor) -> bool:
+    return param.requires_grad and why_not_native(param) is None
+
+
+def _in_kernels(known: Group) -> bool:
+    """Whether kernels alone update the group's parameters."""
+    parts = known.plan.parts if known.plan is not None else []
+    return not known.fallback and all(path(part.device)[0] == "kernel" for part in parts)
 
 
 def _has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
@@ -336,3 +509,16 @@ def _has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
         or _global_optimizer_pre_hooks
         or _global_optimizer_post_hooks
     )
+
+
+# What `torch.compiler.disable` does, without the import of dynamo that it takes: in a graph this is
+# the reason of a graph break, and of the error under `fullgraph=True`.
+FusedOptimizer._update._torchdynamo_disable = True  # type: ignore[attr-defined]
+FusedOptimizer._update._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+    "a step of tritonopt runs as it is, between graphs: it is one launch, which a compiler could "
+    "only slow down. Call optimizer.step() outside of what is compiled with fullgraph=True"
+)
+_SKIP = eval_frame._FrameAction.SKIP
+eval_frame.set_code_exec_strategy(
+    FusedOptimizer._update.__code__, eval_frame._FrameExecStrategy(_SKIP, _SKIP)
+)

@@ -1,196 +1,268 @@
-"""Which launches and sweeps one call of an operator takes: found once, verified at every call."""
+"""Which launches and sweeps update a list of parameters: found once, verified at every step.
+
+The optimizers and the ops hand over the same thing: lists, as torch's functional optimizers take
+them. A plan is good as long as everything that it writes lies where it lay, and as it lay.
+"""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, compress, repeat
+from operator import is_, is_not
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 
-from tritonopt import eager, slab
-from tritonopt.bucket import common_count
 from tritonopt.device import is_capturing, path
-from tritonopt.eligible import (
-    is_plain,
-    overlapping,
-    same_layout,
-    why_not_native,
-    why_not_together,
-)
-from tritonopt.gather import Counter, Gather, small
-from tritonopt.span import spans
-from tritonopt.sweep import Sweep
-from tritonopt.verify import Guards, addresses, geometry
+from tritonopt.eager import Scratch
+from tritonopt.eligible import belongs, same_layout
+from tritonopt.slab import is_dense
+from tritonopt.span import all_given, spans, stretches
+from tritonopt.sweep import Sweep, flatten, unflatten
 
 
-class Call(NamedTuple):
-    """Of an operator."""
+class Rule(NamedTuple):
+    """What tells one optimizer from the other."""
 
-    name: str
-    params: list[Tensor]
-    grads: list[Tensor]
-    columns: list[list[Tensor]]
-    steps: list[Tensor]
+    title: str  # the optimizer's name in error texts
+    eager: Callable[..., None]  # the rule in plain torch
+    launcher: Callable[[], Callable[..., None]]  # imports triton and returns what launches kernels
+    state: tuple[str, ...]  # keys of all state that the rule takes, in its order
+    used: tuple[str, ...]  # of it, what the group's options ask for
+    takes_step: bool = False  # whether it takes the number of steps, too
 
-    def lengths(self) -> list[int]:
-        return [len(column) for column in (self.params, self.grads, *self.columns, self.steps)]
+
+class Lists(NamedTuple):
+    """What one step works on; a gradient is None where there is none."""
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor | None]
+    columns: Sequence[Sequence[Tensor]]  # state, in the order of the rule; empty: not used
+    steps: Sequence[Tensor]
 
     def written(self) -> list[Tensor]:
-        return [*self.params, *self.steps, *chain(*self.columns)]
+        return [*self.params, *chain(*self.columns)]
+
+
+class Part(NamedTuple):
+    """What one launch or one sweep updates."""
+
+    indices: list[int]
+    update: Any
+    device: torch.device
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    bytes_per_element: int  # that a step moves at the least
 
 
 class Plan:
-    """Which launches and sweeps update the tensors of one call, for as long as they do not move."""
+    """The updates of some lists, for as long as their tensors do not move.
 
-    def __init__(self, call: Call) -> None:
-        _check(call)
-        name, params, grads, columns, steps = call
-        if is_capturing(params[0].device):
-            raise NotImplementedError(f"{name} must have run once before a graph captures it")
-        self.name = name
-        self.lengths = call.lengths()
-        tensors = call.written()
-        self.addresses = addresses(tensors)
-        self._owners = list(map(weakref.ref, tensors))
-        self.guards = Guards([*tensors, *grads])
-        self.geometry = geometry([*tensors, *grads])
+    `apart`: indices of parameters to be updated one by one, in order, by the eager rule, as all
+    those are whose state has another memory layout.
+    """
 
-        # Other tensors of the same memory: the cache would keep its own keys alive.
-        self.params = [p.detach() for p in params]
-        self.columns = [[t.detach() for t in column] or None for column in columns]
-        self.loose = overlapping([param] for param in self.params)
-        self.loose |= {i for i in range(len(params)) if not self._is_in_order(i)}
-        self.misfits = [
-            i for i, (p, g) in enumerate(zip(params, grads, strict=True))
-            if i not in self.loose and (g.is_neg() or not same_layout(g, p))
-        ]  # fmt: skip
-        self.updates: list[tuple[list[int], Callable[..., None]]] = []
-        for some in self._kinds(grads):
-            self.updates += self._native(some)
-        joined, alone = spans([steps], len(steps), 1, 1) if steps else ([], [])
-        self.steps = [flat for span in joined for flat in span.flats if flat is not None]
-        self.counts = [t.detach() for t in steps]
-        lone = [self.counts[index] for index in alone]
-        homes = {(t.device, t.dtype) for t in lone}
-        self.lone_steps = [
-            Counter([t for t in lone if (t.device, t.dtype) == home]) for home in homes
+    def __init__(
+        self,
+        rule: Rule,
+        lists: Lists,
+        sweep: Callable[..., Sweep] = Sweep,
+        apart: Iterable[int] = (),
+    ) -> None:
+        self.rule = rule
+        self.params, grads, columns, self.steps = lists
+        self.columns = [column or None for column in columns]
+        self.lengths = [len(grads), *map(len, columns)]
+        written = lists.written()
+        self.addresses = _addresses(written)
+        self.steps_at = _addresses(self.steps)  # scalars: there is no more to look at
+        self.geometry = _geometry(written)
+        self.guards: Guards | None = None  # faster than the geometry, but not at once
+        self.expected: Guards | None = None  # of gradients that need no look, one by one
+        likely = {p.dtype: g.dtype for p, g in zip(self.params, grads, strict=True) if g is not None}
+        self.grad_dtypes = [
+            likely.get(p.dtype, p.dtype) if g is None else g.dtype
+            for p, g in zip(self.params, grads, strict=True)
         ]
+        indices = range(len(self.params))
+        self.apart = sorted({*apart, *(i for i in indices if not self._is_in_order(i))})
+        members: dict[Any, list[int]] = {}
+        for i in [i for i in indices if i not in self.apart] if self.apart else indices:
+            param, states = self.params[i], [c[i].dtype for c in self.columns if c]
+            kind = param.device, param.dtype, self.grad_dtypes[i], *states
+            members.setdefault(kind, []).append(i)
+        self.parts = [self._part(*kind, some=some, sweep=sweep) for kind, some in members.items()]
+        self.joined, self.lone = spans([self.steps], 2**62, 2**62, 1) if self.steps else ([], [])
+        kinds = {(step.device, step.dtype) for step in self.steps}
+        # Else they are counted one by one: a count that several parameters have is counted often.
+        self.alike = len(kinds) == 1 and len({*self.steps_at}) == len(self.steps_at)
 
     def _is_in_order(self, index: int) -> bool:
         """Whether equal offsets are equal elements in the parameter and its state."""
         param = self.params[index]
-        states = [column[index] for column in self.columns if column]
-        return slab.is_dense(param) and all(same_layout(state, param) for state in states)
+        return is_dense(param) and all(same_layout(c[index], param) for c in self.columns if c)
 
-    def _kinds(self, grads: Sequence[Tensor]) -> list[list[int]]:
-        """Indices of the tensors that one launch can take, for each launch."""
-        members: dict[Any, list[int]] = {}
-        for index, (param, grad) in enumerate(zip(self.params, grads, strict=True)):
-            if index not in self.loose:
-                dtypes = [c and c[index].dtype for c in self.columns]
-                key = (param.device, param.dtype, grad.dtype, *dtypes)
-                members.setdefault(key, []).append(index)
-        return list(members.values())
+    def _part(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        grad_dtype: torch.dtype,
+        *states: torch.dtype,
+        some: list[int],
+        sweep: Callable[..., Sweep],
+    ) -> Part:
+        params = [self.params[index] for index in some]
+        columns = [c and [c[index] for index in some] for c in self.columns]
+        if path(device)[0] == "eager":
+            update: Any = sweep(self.rule.eager, params, columns)
+        else:
+            from tritonopt.kernels.launch import Launch
 
-    def _native(self, some: list[int]) -> list[tuple[list[int], Callable[..., None]]]:
-        def of(some: list[int]) -> tuple[list[Tensor], list[Any]]:
-            columns = [column and [column[index] for index in some] for column in self.columns]
-            return [self.params[index] for index in some], columns
+            update = Launch(self.rule.launcher(), params, columns)
+        moved = 2 * dtype.itemsize + grad_dtype.itemsize + 2 * sum(s.itemsize for s in states)
+        return Part(some, update, device, dtype, grad_dtype, moved)
 
-        update = _native(self.name, *of(some))
-        if not isinstance(update, Sweep):
-            return [(some, update)]
-        gathered = [some[i] for i in small(update, [self.params[index] for index in some])]
-        if not gathered:
-            return [(some, update)]
-        others = [index for index in some if index not in {*gathered}]
-        apart = (gathered, Gather(getattr(eager, self.name), *of(gathered)))
-        return [apart, *([(others, _native(self.name, *of(others)))] if others else [])]
+    def gradients(self, lists: Lists) -> Sequence[Tensor | None] | None:
+        """The gradients as the updates need them; None if the plan is not for these lists."""
+        written, lengths = lists.written(), [len(lists.grads), *map(len, lists.columns)]
+        if lengths != self.lengths or _addresses(written) != self.addresses:
+            return None
+        if _addresses(lists.steps) != self.steps_at:
+            return None
+        if self.guards is None or not self.guards.fit(written):
+            if _geometry(written) != self.geometry:
+                return None
+            self.guards = self.guards or Guards(written)
+        grads = lists.grads
+        if self.expected is not None and self.expected.fit(grads):
+            return grads
+        fitted: list[Tensor | None] = []
+        for param, grad, dtype in zip(self.params, grads, self.grad_dtypes, strict=True):
+            if grad is not None:
+                if grad.dtype is not dtype or not belongs(grad, param):
+                    return None
+                if not same_layout(grad, param) or grad.is_neg() or grad._is_zerotensor():
+                    grad = torch.empty_like(param, dtype=dtype).copy_(grad)
+            fitted.append(grad)
+        if all(map(is_, fitted, grads)):
+            self.expected = Guards(fitted)
+        return fitted
 
-    def fits(self, call: Call) -> bool:
-        if self.name != call.name or self.lengths != call.lengths():
-            return False
-        tensors = call.written()
-        if addresses(tensors) != self.addresses:
-            return False
-        tensors += call.grads
-        return self.guards.fit(tensors) or geometry(tensors) == self.geometry
+    def __call__(
+        self,
+        grads: Sequence[Tensor | None],
+        hyper: Mapping[str, Any],
+        factor: Tensor | None = None,
+        skip: Tensor | None = None,
+        reserve: bool = False,
+    ) -> None:
+        """Updates what has a gradient, which counts `factor` times, unless `skip` is not 0.
 
-    def is_current(self) -> bool:
-        """Whether its tensors are alive and have not moved: else it only keeps memory."""
-        tensors = [owner() for owner in self._owners]
-        alive = all(tensor is not None for tensor in tensors)
-        return alive and [t.data_ptr() for t in tensors if t is not None] == self.addresses
+        `reserve`: sees to it that a graph can capture later steps.
+        """
+        more = {**hyper, **_given(factor=factor, skip=skip)}
+        self._count(grads, skip)
+        for part in self.parts:
+            own = grads if len(self.parts) == 1 and not self.apart else [
+                grads[index] for index in part.indices
+            ]  # fmt: skip
+            if self.rule.takes_step:
+                more["step"] = _common([self.steps[index] for index in part.indices])
+            part.update(own, **more)
+            if reserve and hasattr(part.update, "reserve") and not is_capturing(part.device):
+                part.update.reserve()
+        for index in self.apart:
+            grad = grads[index]
+            if grad is not None:
+                step = {"step": float(self.steps[index])} if self.rule.takes_step else {}
+                states = [c and c[index] for c in self.columns]
+                update_alone(self.rule, self.params[index], grad, states, {**hyper, **step})
 
-    def __call__(self, grads: Sequence[Tensor], hyper: dict[str, Any], counts: bool) -> None:
-        for flat in self.steps:
-            flat += 1
-        for count in self.lone_steps:
-            count()
-        if self.misfits:
-            grads = list(grads)
-            for index in self.misfits:
-                like = torch.empty_like(self.params[index], dtype=grads[index].dtype)
-                grads[index] = like.copy_(grads[index])
-        for some, update in self.updates:
-            step = {"step": common_count([self.counts[i] for i in some])} if counts else {}
-            update([grads[index] for index in some], **hyper, **step)
-            if hasattr(update, "reserve") and not is_capturing(grads[some[0]].device):
-                update.reserve()
-        for index in sorted(self.loose):
-            step = {"step": common_count([self.counts[index]])} if counts else {}
-            self._update_copies(index, grads[index], {**hyper, **step})
-
-    def _update_copies(self, index: int, grad: Tensor, hyper: dict[str, Any]) -> None:
-        param, states = self.params[index], [c and c[index] for c in self.columns]
-        given = [param, *states]
-        work = [t if t is None else t.clone(memory_format=torch.contiguous_format) for t in given]
-        assert work[0] is not None
-        update = _native(self.name, [work[0]], [None if t is None else [t] for t in work[1:]])
-        update([grad.clone(memory_format=torch.contiguous_format)], **hyper)
-        for tensor, computed in zip(given, work, strict=True):
-            if tensor is not None and computed is not None:
-                tensor.copy_(computed)
-
-
-def _native(name: str, params: list[Tensor], columns: list[Any]) -> Callable[..., None]:
-    if path(params[0].device)[0] == "eager":
-        return Sweep(getattr(eager, name), params, columns)
-    from tritonopt.kernels import launch
-
-    return launch.Launch(getattr(launch, name), params, columns)
-
-
-def _check(call: Call) -> None:
-    name, params, grads, columns, steps = call
-    used = [column for column in columns if column]
-    if {len(params)} != {len(column) for column in (params, grads, *used)}:
-        raise ValueError(f"{name} needs lists of equal lengths; lists it does not use are empty")
-    required = columns[:1] if name == "rmsprop_" else columns
-    if len([c for c in required if c]) != len(required):
-        raise ValueError(f"{name} needs state for every parameter")
-    for index, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        states = [column[index] for column in used]
-        if any(tensor.size() != param.size() for tensor in (grad, *states)):
-            raise ValueError(f"{name}: a gradient or state has not the size of parameter {index}")
-        why = _why_not(param, grad, states)
-        if why is not None:
-            raise NotImplementedError(f"{name}: parameter {index} {why}")
-    if overlapping(zip(*used, strict=True)) or overlapping([step] for step in steps):
-        raise ValueError(f"{name}: state of different parameters shares memory")
+    def _count(self, grads: Sequence[Tensor | None], skip: Tensor | None) -> None:
+        """Adds 1 to the step of every parameter that has a gradient."""
+        whole = all_given(grads)
+        keys = [None if grad is None else True for grad in grads]
+        for span in self.joined:
+            flat: Any = span.flats[0]
+            if whole:
+                flat.add_(_one(flat, skip))
+                continue
+            for some in stretches(range(span.first, span.first + len(span)), keys):
+                flat[some[0] - span.first : some[-1] + 1 - span.first].add_(_one(flat, skip))
+        lone = [self.steps[i] for i in self.lone if whole or grads[i] is not None]
+        if len(lone) < 3 or not self.alike:
+            for step in lone:
+                step.add_(_one(step, skip))
+        elif not lone[0].is_cpu:
+            torch._foreach_add_(lone, _one(lone[0], skip))
+        else:  # gathered, in a third of the time of `torch._foreach_add_`
+            counts = flatten(lone)
+            torch._foreach_copy_(lone, unflatten(counts.add_(_one(counts, skip)), lone))
 
 
-def _why_not(param: Tensor, grad: Tensor, states: list[Tensor]) -> str | None:
-    if not is_plain(param):
-        return why_not_native(param)
-    if grad.layout is not torch.strided:
-        return f"has a {grad.layout} gradient"
-    if not all(map(is_plain, states)):
-        return "has state that is not a plain tensor"
-    param = param.detach().contiguous()
-    return why_not_native(param) or why_not_together(
-        param, grad.detach(), [state.contiguous() for state in states]
-    )
+def update_alone(
+    rule: Rule, param: Tensor, grad: Tensor, states: Sequence[Tensor | None], hyper: Any
+) -> None:
+    """The eager rule over one parameter of any memory layout; in fp32 and rounded once if half."""
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    given = [param.detach(), *states]
+    work = [tensor if tensor is None else tensor.to(dtype) for tensor in given]
+    rule.eager(work[0], grad.to(dtype), *work[1:], Scratch(), **hyper)
+    for tensor, computed in zip(given, work, strict=True):
+        if computed is not tensor:
+            tensor.copy_(computed)  # type: ignore[union-attr,arg-type]
+
+
+def _one(step: Tensor, skip: Tensor | None) -> Any:
+    return 1 if skip is None else (skip == 0).to(step)
+
+
+def _given(**tensors: Tensor | None) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+def _common(steps: Sequence[Tensor]) -> float | Tensor:
+    """The number of steps that all took, if the host knows it and it is one; else that of each."""
+    counts = torch.stack(list(steps))
+    if not counts.is_cpu:
+        return counts
+    low, high = torch.aminmax(counts)
+    return float(low) if low == high else counts
+
+
+class Guards:
+    """Checks type, dtype, device, sizes, strides and lazy negation of many tensors, at 40 ns each.
+
+    Dynamo's own check: attribute by attribute it costs four times that. It says no too often (it
+    looks at autocast and inference mode, too), never yes wrongly; after a no, every tensor is
+    looked at in turn.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        given = [t for t in tensors if t is not None]
+        self._given = [] if len(given) == len(tensors) else _mask(tensors)
+        sizes: Any = [list(t.size()) for t in given]
+        strides: Any = [list(t.stride()) for t in given]
+        with torch.no_grad():  # as in the step: they note whether a gradient is required
+            guards = TensorGuards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        self._check = guards.check
+
+    def fit(self, tensors: Sequence[Tensor | None]) -> bool:
+        """Whether the same ones are None, and the others as they were."""
+        if not self._given:
+            return self._check(*tensors)
+        return _mask(tensors) == self._given and self._check(*compress(tensors, self._given))
+
+
+def _mask(tensors: Sequence[Tensor | None]) -> list[bool]:
+    return list(map(is_not, tensors, repeat(None)))
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
+def _geometry(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    return [(type(t), t.dtype, t.device, t.size(), t.stride(), t.is_neg()) for t in tensors]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import repeat
 from operator import itemgetter
 from typing import Any
@@ -11,18 +12,20 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, _to_scalar
 from torch.optim.rmsprop import rmsprop
 
-from tritonopt import eager, traced
-from tritonopt.bucket import Rule
-from tritonopt.groups import PATHS
-from tritonopt.optimizer import SlabOptimizer
+from tritonopt import eager
+from tritonopt.optimizer import FusedOptimizer
+from tritonopt.plan import Rule
 
 _HYPER = ("alpha", "eps", "weight_decay", "momentum", "maximize")
 _SWITCHES = ("eps_in_sqrt", "lr_in_momentum", "nesterov", "decoupled_weight_decay")
 _BEYOND_TORCH = ("initial_scale", "bias_correction", *_SWITCHES)
-_DECIDING = ("alpha", "momentum", "centered", *PATHS, *_BEYOND_TORCH)
+_DECIDING = (
+    "alpha", "momentum", "centered", "capturable", "foreach", "differentiable", *_BEYOND_TORCH
+)  # fmt: skip
+STATE = ("square_avg", "grad_avg", "momentum_buffer")
 
 
-class RMSprop(SlabOptimizer, torch.optim.RMSprop):
+class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     r"""Drop-in for :class:`torch.optim.RMSprop`: same signature, state, checkpoints and results.
 
     .. math::
@@ -92,7 +95,6 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
     """
 
     _options = {**dict.fromkeys(_BEYOND_TORCH, False), "initial_scale": 0.0}
-    _lists = 6
 
     def __init__(
         self,
@@ -131,37 +133,36 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
             fused_amp=fused_amp, max_grad_norm=max_grad_norm,
         )  # fmt: skip
 
-    def _rule(self, group: dict[str, Any]) -> Rule:
-        keys = ["square_avg"]
-        if group["momentum"] > 0:
-            keys.append("momentum_buffer")
+    def rule(self, group: dict[str, Any]) -> Rule:
+        used = ["square_avg"]
         if group["centered"]:
-            keys.append("grad_avg")
-        order = ("square_avg", "grad_avg", "momentum_buffer")
-        counts = bool(self._option(group, "bias_correction"))
-        return Rule("RMSprop", "rmsprop_", eager.rmsprop_, tuple(keys), order, counts)
+            used.append("grad_avg")
+        if group["momentum"] > 0:
+            used.append("momentum_buffer")
+        takes_step = bool(self._option(group, "bias_correction"))
+        return Rule("RMSprop", eager.rmsprop_, launcher, STATE, tuple(used), takes_step)
 
-    def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+    def hyper(self, group: dict[str, Any]) -> dict[str, Any]:
         hyper = dict(zip(_HYPER, itemgetter(*_HYPER)(group), strict=True))
         hyper["lr"] = _to_scalar(group["lr"])
         hyper.update(zip(_SWITCHES, map(group.get, _SWITCHES, repeat(False)), strict=True))
         return hyper
 
-    def _deciding(self, group: dict[str, Any]) -> list[Any]:
-        return list(map(group.get, _DECIDING))
-
-    def _initial(self, key: str, group: dict[str, Any]) -> float:
+    def initial(self, key: str, group: dict[str, Any]) -> float:
         return float(self._option(group, "initial_scale")) if key == "square_avg" else 0.0
 
-    def _is_as_new(self, entry: dict[str, Any], copied: bool = False) -> bool:
-        rest = {key: value for key, value in entry.items() if key != "square_avg"}
-        if not super()._is_as_new(rest):
-            return False
-        average = entry.get("square_avg")
-        starts = {self._option(group, "initial_scale") for group in self.param_groups}
-        return average is None or any(
-            torch.equal(average, torch.full_like(average, start)) for start in starts
-        )
+    def update_by_torch(self, group: dict[str, Any]) -> None:
+        lists: list[list[Tensor]] = [[] for _ in range(6)]
+        has_complex = bool(self._init_group(group, *lists))
+        params, grads, square_avgs, momentum_buffers, grad_avgs, steps = lists
+        names = ("lr", *_HYPER, "centered", "foreach", "differentiable", "capturable")
+        rmsprop(
+            params, grads, square_avgs, grad_avgs, momentum_buffers, steps,
+            has_complex=has_complex, **{name: group[name] for name in names},
+        )  # fmt: skip
+
+    def _deciding(self, group: dict[str, Any]) -> list[Any]:
+        return list(map(group.get, _DECIDING))
 
     def _check(self, group: dict[str, Any]) -> None:
         if not 0.0 <= self._option(group, "initial_scale"):
@@ -173,29 +174,8 @@ class RMSprop(SlabOptimizer, torch.optim.RMSprop):
             raise ValueError("bias_correction=True requires an alpha below 1")
         super()._check(group)
 
-    def _torch_update(self, group: dict[str, Any]) -> None:
-        lists: list[list[Tensor]] = [[] for _ in range(6)]
-        self._functional(group, lists, bool(self._init_group(group, *lists)))
 
-    def _functional(self, group: dict[str, Any], lists: Any, has_complex: bool) -> None:
-        params, grads, square_avgs, momentum_buffers, grad_avgs, steps = lists
-        names = ("lr", *_HYPER, "centered", "foreach", "differentiable", "capturable")
-        rmsprop(
-            params, grads, square_avgs, grad_avgs, momentum_buffers, steps,
-            has_complex=has_complex, **{name: group[name] for name in names},
-        )  # fmt: skip
+def launcher() -> Callable[..., None]:
+    from tritonopt.kernels.launch import rmsprop_
 
-    def _traced_conditions(self, group: dict[str, Any]) -> list[bool]:
-        momentum, alpha = group["momentum"], group["alpha"]
-        conditions = [] if isinstance(momentum, Tensor) else [momentum > 0]
-        return conditions if isinstance(alpha, Tensor) else [*conditions, alpha < 1]
-
-    def _traced_update(
-        self, group: dict[str, Any], native: Any, rest: Any, has_complex: bool
-    ) -> None:
-        if native[0]:
-            hyper = traced.live(self._hyper(group))
-            hyper["bias_correction"] = self._option(group, "bias_correction")
-            torch.ops.tritonopt.rmsprop_.tensor_hyper(*native, **hyper)
-        if rest[0]:
-            self._functional(group, rest, has_complex)
+    return rmsprop_

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,19 +12,18 @@ from torch.optim.optimizer import ParamsT
 from torch.optim.rprop import rprop
 
 from tritonopt import eager
-from tritonopt.bucket import Rule
 from tritonopt.device import is_capturing
 from tritonopt.eager import VARIANTS
-from tritonopt.first_step import FirstStep, is_as_made, is_made_with, rounded, unused
-from tritonopt.groups import PATHS
-from tritonopt.layout import Layout
-from tritonopt.optimizer import SlabOptimizer
+from tritonopt.eligible import is_plain
+from tritonopt.optimizer import FusedOptimizer
+from tritonopt.plan import Rule
 from tritonopt.shard import local
 
-_DECIDING = ("variant", *PATHS)
+_DECIDING = ("variant", "capturable", "foreach", "differentiable")
+STATE = ("prev", "step_size")
 
 
-class Rprop(SlabOptimizer, torch.optim.Rprop):
+class Rprop(FusedOptimizer, torch.optim.Rprop):
     r"""Drop-in for :class:`torch.optim.Rprop`: same signature, state, checkpoints and results.
 
     Every element has a step size of its own, which grows while its gradient keeps its sign and
@@ -64,12 +65,11 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
               the last one is ``last_loss`` of the param group. With ``maximize``: if it fell.
 
     State of each parameter, each of its shape and dtype but ``step`` (a float32 scalar): ``step``,
-    ``prev`` (the last gradient, 0 after a change of sign), ``step_size``. It exists from
-    construction on, but of parameters that are left to torch from their first step on. A
-    ``step_size`` that was made with some ``lr`` and that nothing has used yet starts from the
-    ``lr`` in force at the first step, as in torch, where a warm-up may have changed it. The sign
-    of ``step`` says so, -0.0, in copies and checkpoints, too. Step sizes that are given stay as
-    they are: set ``step`` to 0 with them.
+    ``prev`` (the last gradient, 0 after a change of sign), ``step_size``, in the gradient's dtype.
+    In torch, ``get_optimizer_state_dict`` before the first step ruins training: it takes one step
+    with an ``lr`` of 0, and step sizes become the least there is. Here that step makes state and
+    does nothing else: where ``step`` is 0 and all step sizes are, they start from the ``lr`` in
+    force when the parameter gets its first gradient.
 
     Raises:
         ValueError: ``lr`` is negative or has several elements, the factors are not
@@ -91,10 +91,9 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
     """
 
     _options = {"variant": "irprop-"}
+    _like_gradient = ("step_size",)
     _loss: float  # of this step, for "irprop+"
     _loss_rose = False  # since the last one, for the group that is being updated
-    _lists = 5
-    _made_with: frozenset[float] = frozenset()  # the lr of step sizes when they were made
 
     def __init__(
         self,
@@ -118,11 +117,10 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
             fused_amp=fused_amp, max_grad_norm=max_grad_norm,
         )  # fmt: skip
 
-    def _rule(self, group: dict[str, Any]) -> Rule:
-        keys = ("prev", "step_size")
-        return Rule("Rprop", "rprop_", eager.rprop_, keys, keys)
+    def rule(self, group: dict[str, Any]) -> Rule:
+        return Rule("Rprop", eager.rprop_, launcher, STATE, STATE)
 
-    def _hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+    def hyper(self, group: dict[str, Any]) -> dict[str, Any]:
         numbers = {name: float(value) for name, value in _torch_limits(group).items()}
         return {
             **numbers,
@@ -130,6 +128,16 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
             "variant": self._option(group, "variant"),
             "loss_rose": self._loss_rose,
         }
+
+    def initial(self, key: str, group: dict[str, Any]) -> float:
+        return float(group["lr"]) if key == "step_size" else 0.0
+
+    def update_by_torch(self, group: dict[str, Any]) -> None:
+        lists: list[list[Tensor]] = [[] for _ in range(5)]
+        has_complex = bool(self._init_group(group, *lists))
+        names = ("foreach", "differentiable", "capturable", "maximize")
+        options = {name: group[name] for name in names}
+        rprop(*lists, has_complex=has_complex, **_torch_limits(group), **options)
 
     def _deciding(self, group: dict[str, Any]) -> list[Any]:
         return [*map(group.get, _DECIDING), *group["etas"], *group["step_sizes"]]
@@ -139,15 +147,8 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
             raise ValueError(f"Invalid variant: {group['variant']!r}, not one of {VARIANTS}")
         super()._check(group)
 
-    def _initial(self, key: str, group: dict[str, Any]) -> float:
-        if key != "step_size":
-            return 0.0
-        lr = float(group["lr"])
-        self._made_with |= {lr}
-        return lr
-
     def _why_torch(self, group: dict[str, Any]) -> str | None:
-        etaminus, etaplus = (rounded(float(eta), torch.float32) for eta in group["etas"])
+        etaminus, etaplus = (_rounded(float(eta)) for eta in group["etas"])
         # Possible in a group, as torch validates defaults only; or compared in their own dtype.
         if not 0 < etaminus < 1 < etaplus or any(getattr(e, "ndim", 0) for e in group["etas"]):
             return f"etas={group['etas']}"
@@ -155,38 +156,48 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
             return f"step_sizes={group['step_sizes']}"
         return super()._why_torch(group)
 
-    def _torch_update(self, group: dict[str, Any]) -> None:
-        lists: list[list[Tensor]] = [[] for _ in range(5)]
-        self._functional(group, lists, bool(self._init_group(group, *lists)))
+    # State that a dummy step has made.
 
-    def _functional(self, group: dict[str, Any], lists: Any, has_complex: bool) -> None:
-        params, grads, prevs, step_sizes, steps = lists
-        names = ("foreach", "differentiable", "capturable", "maximize")
-        rprop(
-            params, grads, prevs, step_sizes, steps, has_complex=has_complex,
-            **_torch_limits(group), **{name: group[name] for name in names},
-        )  # fmt: skip
+    def _is_dummy_step(self, groups: Sequence[Any], bare: Sequence[Sequence[Tensor]]) -> bool:
+        if any(isinstance(key, Tensor) for key in self.state):
+            return False
+        if any(float(group["lr"]) != 0 for group in self.param_groups):
+            return False
+        return not any(bool(local(p.grad).any()) for params in bare for p in params)
+
+    def _is_untrained(self, entry: Any) -> bool:
+        if not entry or not entry.keys() >= {"step", "step_size"}:
+            return False
+        step, step_size = entry["step"], local(entry["step_size"])
+        if not all(isinstance(t, Tensor) and is_plain(t) for t in (step, step_size)):
+            return False
+        return bool(step.numel() == 1 and step == 0 and not step_size.any())
+
+    def _start(self, group: dict[str, Any], entry: Any) -> None:
+        lr = float(group["lr"])
+        entry["step_size"].fill_(complex(lr, lr) if entry["step_size"].is_complex() else lr)
 
     # The loss.
 
-    def _begin(self, index: int) -> None:
-        if self._option(self.param_groups[index], "variant") == "irprop+":
-            self.param_groups[index].setdefault("last_loss", None)
-        super()._begin(index)
+    def _begin(self, options: dict[str, Any]) -> None:
+        super()._begin(options)
+        for group in self.param_groups:
+            self._remember_loss(group)
 
-    def _check_traced(self, group: dict[str, Any]) -> None:
-        super()._check_traced(group)
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._remember_loss(self.param_groups[-1])
+
+    def _remember_loss(self, group: dict[str, Any]) -> None:
+        """Of the last step; in each group, as distributed checkpoints keep groups alone."""
         if self._option(group, "variant") == "irprop+":
-            raise ValueError(
-                "variant='irprop+' compares losses on the host, which torch.compile cannot trace: "
-                "call optimizer.compile() and step eagerly"
-            )
+            group.setdefault("last_loss", None)
 
-    def _waits(self) -> bool:
+    def _needs_host_sync(self) -> bool:
         return any(self._option(group, "variant") == "irprop+" for group in self.param_groups)
 
     def _see_loss(self, loss: Any) -> None:
-        if not self._waits():
+        if not self._needs_host_sync():
             return
         if loss is None:
             raise ValueError("variant='irprop+' needs the loss: step(closure) must return it")
@@ -200,77 +211,22 @@ class Rprop(SlabOptimizer, torch.optim.Rprop):
                 f"variant='irprop+' needs the loss as one number: step(closure) returned {kind!r}"
             ) from error
 
-    def _traced_conditions(self, group: dict[str, Any]) -> list[bool]:
-        etaminus, etaplus = group["etas"]
-        if isinstance(etaminus, Tensor) or isinstance(etaplus, Tensor):
-            return []
-        return [0 < etaminus, etaminus < 1, 1 < etaplus]
-
-    def _traced_update(
-        self, group: dict[str, Any], native: Any, rest: Any, has_complex: bool
-    ) -> None:
-        if native[0]:
-            torch.ops.tritonopt.rprop_(*native, **self._hyper(group))
-        if rest[0]:
-            self._functional(group, rest, has_complex)
-
-    # The first step.
-
-    def _is_as_new(self, entry: dict[str, Any], copied: bool = False) -> bool:
-        return is_as_made(entry) and (copied or self._is_made_here(entry))
-
-    def _is_made_here(self, entry: dict[str, Any]) -> bool:
-        """Else somebody has written other step sizes to state that we had made."""
-        return is_made_with(self._made_with, local(entry["step_size"]))
-
-    def _look(self, index: int) -> Layout:
-        layout = super()._look(index)
-        layout.first = FirstStep(layout, self._made_with)  # type: ignore[attr-defined]
-        return layout
-
-    def _settle(self, work: list[Any]) -> bool:
-        lrs = [group["lr"] for group in self.param_groups]
-        settled = [
-            index
-            for index, (layout, _) in enumerate(work)
-            if layout.first.settle(lrs[index], self.state)
-        ]
-        for index in settled:
-            self._made_with |= {float(lrs[index])}
-            self._look(index)
-        return bool(settled)
-
-    def _before_update(self, group: dict[str, Any], layout: Layout) -> None:
+    def _before_update(self, group: dict[str, Any]) -> None:
         if self._option(group, "variant") == "irprop+":
             last, sign = group.get("last_loss"), -1 if group["maximize"] else 1
             self._loss_rose = last is not None and sign * self._loss > sign * last
             group["last_loss"] = self._loss
-        may_be_skipped = vars(self).get("found_inf") is not None  # else the host has seen to it
-        if layout.first.begin(group["lr"], self.state, may_be_skipped):  # type: ignore[attr-defined]
-            self._made_with |= {float(group["lr"])}
 
-    def _start_from_lr(self) -> None:
-        """Now, as who copies the state does not copy what it was made with."""
-        for entry in self.state.values():
-            if isinstance(entry, dict) and is_as_made(entry) and not self._is_made_here(entry):
-                entry["step"].zero_()  # given: no longer `packing.NEVER`
-        for group in self.param_groups:
-            entries = [self.state.get(param) for param in group["params"]]
-            for param, value in unused(group["params"], entries, self._made_with):
-                step_size, lr = local(self.state[param]["step_size"]), float(group["lr"])
-                if rounded(lr, step_size.dtype) != value:
-                    step_size.fill_(lr)
-                    self._made_with |= {lr}
-                    self._layouts.clear()  # which know the value
 
-    def __getstate__(self) -> dict[str, Any]:
-        self._start_from_lr()
-        return super().__getstate__()
+def launcher() -> Callable[..., None]:
+    from tritonopt.kernels.launch import rprop_
 
-    @torch._disable_dynamo
-    def state_dict(self) -> dict[str, Any]:
-        self._start_from_lr()
-        return super().state_dict()
+    return rprop_
+
+
+@lru_cache(64)
+def _rounded(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float32, device="cpu"))
 
 
 def _torch_limits(group: dict[str, Any]) -> dict[str, Any]:

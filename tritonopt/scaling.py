@@ -46,18 +46,18 @@ def total_norm(work: Sequence[tuple[Any, Sequence[Any]]]) -> Tensor:
     """
     rest: list[Tensor] = []
     scattered: dict[Any, Any] = {}  # by dtype and device: sizes, gradients
-    for layout, gradients in work:
-        rest += [p.grad for p, _ in layout.fallback if p.grad is not None]
-        for bucket, grads in zip(layout.buckets, gradients, strict=True):
-            if grads is None:
+    for known, grads in work:
+        rest += [p.grad for p, _ in known.fallback if p.grad is not None]
+        for part in known.plan.parts if known.plan is not None else ():
+            if known.sharded or path(part.device)[0] != "kernel":
+                owners = (known.native[index] for index in part.indices)
+                rest += [p.grad for p in owners if p.grad is not None]
                 continue
-            if bucket.sharded or path(bucket.device)[0] != "kernel":
-                rest += [p.grad for p in bucket.owners if p.grad is not None]
-                continue
-            numels, tensors = scattered.setdefault((bucket.grad_dtype, bucket.device), ([], []))
-            numels += bucket.update.numels
-            tensors += grads
-    squares = [_square_sum(*kind, *both) for kind, both in scattered.items()]
+            kind = part.grad_dtype, part.device
+            numels, tensors = scattered.setdefault(kind, ([], []))
+            numels += part.update.numels
+            tensors += [grads[index] for index in part.indices] if grads else []
+    squares = [_square_sum(*kind, *both) for kind, both in scattered.items() if both[1]]
     if not squares:
         return _total_norm(rest) if rest else torch.zeros(())
     if rest:

@@ -1,19 +1,16 @@
 """Slabs: contiguous memory handed out in pieces that each own a storage.
 
-A slab is a layout, never the truth. Parameters and state tensors may be moved or replaced by
-anyone at any time; whoever uses a slab asks `find` where a tensor lies *now*.
+A slab is a layout, never the truth: parameters and state may be moved or replaced by anyone at any
+time. The storage of a piece knows its slab, so the tensor itself is asked where it lies now; there
+is no list of slabs that something else could change.
 """
 
 from __future__ import annotations
 
-import bisect
 import sys
-import threading
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from itertools import accumulate, count
-from math import inf
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -23,51 +20,32 @@ ALIGNMENT = 128
 """Bytes from one possible start of a piece to the next: a GPU cache line."""
 
 MAX_BYTES = 2**28
-"""Packing holds a slab's parameters twice for a moment: this bounds what that costs."""
+"""Packing holds a slab's tensors twice for a moment: this bounds what that costs."""
 
 
 class Slab:
-    """One contiguous allocation. It lives, and is found, while any piece of it does."""
+    """One contiguous allocation. It lives while any piece of it does."""
 
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
         self.memory = torch.zeros(numel, dtype=dtype, device=device)
-        self.start = self.memory.data_ptr()
-        self.end = self.start + numel * dtype.itemsize
         self.pieces: dict[int, int] = {}  # bytes, by address
-        entry = self.start, next(_number), weakref.ref(self, _forget)
-        with _lock:
-            bisect.insort(_slabs, entry)
 
     def flat(self, address: int, numel: int) -> Tensor:
         """The `numel` elements that begin at `address`, one-dimensional."""
-        first = (address - self.start) // self.memory.itemsize
+        first = (address - self.memory.data_ptr()) // self.memory.itemsize
         return self.memory[first : first + numel]
 
 
-_lock = threading.RLock()  # reentrant: a collection inside the critical section may call _forget
-_slabs: list[tuple[int, int, weakref.ref[Slab]]] = []  # by where they start
-_number = count()
-
-
-def _forget(reference: weakref.ref[Slab]) -> None:
-    with _lock:
-        _slabs[:] = [e for e in tuple(_slabs) if e[2] is not reference and e[2]() is not None]
-
-
 def find(tensor: Tensor) -> Slab | None:
-    """The slab of the tensor's dtype and device of which it is a piece, if there is one.
+    """The slab of the tensor's dtype and device of which it is a whole piece, if there is one.
 
-    A part of a piece is none: what follows it is not padding but the rest of the piece.
+    What follows a part of a piece is not padding but the rest of the piece: a part is none.
     """
-    address = tensor.data_ptr()
-    with _lock:
-        position = bisect.bisect(_slabs, (address, inf)) - 1
-        slab = _slabs[position][2]() if position >= 0 else None
-    if slab is None or not slab.start <= address < slab.end:
+    slab: Slab | None = getattr(tensor.untyped_storage(), "tritonopt_slab", None)
+    if slab is None or slab.pieces.get(tensor.data_ptr()) != tensor.numel() * tensor.itemsize:
         return None
     same = slab.memory.dtype == tensor.dtype and slab.memory.device == tensor.device
-    is_piece = slab.pieces.get(address) == tensor.numel() * tensor.itemsize
-    return slab if same and is_piece and _fills_storage(tensor) else None
+    return slab if same and _fills_storage(tensor) else None
 
 
 def _fills_storage(tensor: Tensor) -> bool:
@@ -75,54 +53,90 @@ def _fills_storage(tensor: Tensor) -> bool:
     return bool(tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == nbytes)
 
 
-def pitch(numel: int, dtype: torch.dtype, alignment: int = ALIGNMENT) -> int:
+def pitch(numel: int, itemsize: int, alignment: int = ALIGNMENT) -> int:
     """Elements from the start of a piece of `numel` elements to the start of its neighbour."""
-    lane = max(alignment // dtype.itemsize, 1)
+    lane = max(alignment // itemsize, 1)
     return -(-numel // lane) * lane
-
-
-def batches(tensors: Sequence[Tensor], dtype: torch.dtype) -> Iterator[Sequence[Tensor]]:
-    """The tensors in order, in batches of which each fits one slab."""
-    first, total = 0, 0
-    for index, tensor in enumerate(tensors):
-        size = pitch(tensor.numel(), dtype) * dtype.itemsize
-        if index > first and total + size > MAX_BYTES:
-            yield tensors[first:index]
-            first, total = index, 0
-        total += size
-    yield tensors[first:]
 
 
 @torch.inference_mode(False)  # an inference tensor could not be updated outside of that mode
 def allocate(
-    like: Sequence[Tensor], dtype: torch.dtype, device: torch.device, alignment: int = ALIGNMENT
-) -> tuple[list[Tensor], Slab]:
-    """Zeros of the shapes and strides of `like`, side by side in one slab.
+    like: Sequence[Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    start: float = 0.0,
+    alignment: int = ALIGNMENT,
+) -> list[Tensor]:
+    """Tensors of the shapes and strides of `like`, filled with `start`, side by side in one slab.
 
     Every piece has a storage of its own and of its own size, so that saving, resizing or sharing
     one concerns no other. It keeps the slab alive.
     """
-    pitches = [pitch(t.numel(), dtype, alignment) for t in like]
+    if len(like) < 2:  # nothing lies beside it
+        kind = {"dtype": dtype, "device": device, "requires_grad": False}
+        return [torch.full_like(t, start, **kind) for t in like]
+    pitches = [pitch(t.numel(), dtype.itemsize, alignment) for t in like]
     slab = Slab(sum(pitches), dtype, device)
+    if start:
+        slab.memory.fill_(start)
     pieces = []
     for tensor, offset in zip(like, accumulate(pitches, initial=0), strict=False):
-        piece = slab.memory.as_strided(tensor.size(), tensor.stride(), offset)
-        piece.slab = slab  # type: ignore[attr-defined]  # the capsule holds the tensor and this
+        view = slab.memory.as_strided(tensor.size(), tensor.stride(), offset)
+        piece = torch.from_dlpack(torch.utils.dlpack.to_dlpack(view))
         slab.pieces[piece.data_ptr()] = piece.numel() * piece.itemsize
-        pieces.append(torch.from_dlpack(torch.utils.dlpack.to_dlpack(piece)))
-    return pieces, slab
+        piece.untyped_storage().tritonopt_slab = slab  # type: ignore[attr-defined]
+        pieces.append(piece)
+    return pieces
+
+
+def batches(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors in order, in batches of one device and dtype, each of which fits a slab."""
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    for members in kinds.values():
+        batch, total = [], 0
+        for tensor in members:
+            nbytes = pitch(tensor.numel(), tensor.itemsize) * tensor.itemsize
+            if batch and total + nbytes > MAX_BYTES:
+                yield batch
+                batch, total = [], 0
+            batch.append(tensor)
+            total += nbytes
+        yield batch
+
+
+@torch.no_grad()
+def pack(tensors: Iterable[Tensor], alignment: int = ALIGNMENT) -> None:
+    """Moves the tensors that may be moved into slabs; they stay the objects that they are."""
+    for batch in batches(t for t in tensors if find(t) is None and why_not_packed(t) is None):
+        if len(batch) < 2:
+            continue
+        try:
+            pieces = allocate(batch, batch[0].dtype, batch[0].device, alignment=alignment)
+        except torch.OutOfMemoryError:
+            return
+        torch._foreach_copy_(pieces, batch)
+        if batch[0].device.type != "cpu":  # keeps their memory until this stream has read it
+            stream = torch.accelerator.current_stream(batch[0].device)
+            for tensor in batch:
+                tensor.detach().record_stream(stream)
+        for tensor, piece in zip(batch, pieces, strict=True):
+            tensor.data = piece
 
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill their memory once, in any order of dimensions."""
+    if tensor.is_contiguous():
+        return True
     preserved = torch.empty_like(tensor, device="meta")  # keeps the strides of dense tensors only
-    return tensor.is_contiguous() or tensor.stride() == preserved.stride()
+    return tensor.stride() == preserved.stride()
 
 
 @torch.inference_mode(False)
 def _holders(tensor: Tensor) -> tuple[int, ...]:
     """How many hold the tensor (a DLPack capsule does), its storage, and the storage's object."""
-    # Of a leaf's accumulator it is not known whether there is one. Now there is.
+    # Whether a leaf has an accumulator, which holds it, cannot be asked. This makes one if not.
     accumulator = get_gradient_edge(tensor) if tensor.requires_grad else None  # noqa: F841
     storage = tensor.untyped_storage()
     uses = torch._C._storage_Use_Count(storage._cdata)
@@ -135,26 +149,6 @@ def _sole_holders(requires_grad: bool) -> tuple[int, ...]:
     return _holders(torch.empty(1, device="cpu", requires_grad=requires_grad))
 
 
-def why_not_moved(tensor: Tensor) -> str | None:
-    """Why memory must stay where it lies; None if nothing else knows where that is.
-
-    Any alias (`state_dict()`, a tied weight, a flat buffer, a NumPy array) would silently keep the
-    old memory.
-    """
-    if tensor.device.type == "cpu" and (tensor.is_shared() or tensor.is_pinned()):
-        return "lies in shared or pinned memory"
-    if not _fills_storage(tensor):
-        return "is a view of a larger storage"
-    if find(tensor) is None and not tensor.untyped_storage().resizable():
-        return "lies in memory of another owner"  # a NumPy array, a mapped file
-    holders, sole = _holders(tensor), _sole_holders(tensor.requires_grad)
-    if holders[1:] != sole[1:]:
-        return "shares its storage with another tensor"
-    if holders != sole:
-        return "is held by DDP, or by an importer of DLPack"  # which know it alike
-    return None
-
-
 @cache
 def _has_dlpack(device_type: str) -> bool:
     try:
@@ -165,22 +159,37 @@ def _has_dlpack(device_type: str) -> bool:
     return piece.data_ptr() == probe.data_ptr()
 
 
-def why_not_packed(param: Tensor) -> str | None:
-    """Why a parameter must stay where it lies; None if it may move into a slab, or lies there."""
-    if type(param) not in (Tensor, torch.nn.Parameter):
-        return f"is a {type(param).__name__}"
-    if param.numel() == 0:
+def why_not_packed(tensor: Tensor) -> str | None:
+    """Why a tensor must stay where it lies; None if it may move into a slab, or lies in one.
+
+    An alias (a `state_dict()`, a tied weight, a flat buffer, a NumPy array) would silently keep the
+    old memory: only what nothing else knows the place of is moved.
+    """
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        return f"is a {type(tensor).__name__}"
+    if tensor.numel() == 0:
         return "is empty"
-    if not is_dense(param):
+    if not is_dense(tensor):
         return "is not dense"
-    if not param.is_leaf:
+    if not tensor.is_leaf:
         return "is not a leaf"
-    if param.is_inference():
+    if tensor.is_inference():
         return "is an inference tensor"
-    if param.numel() * param.itemsize > MAX_BYTES:
+    if tensor.numel() * tensor.itemsize > MAX_BYTES:
         return f"is larger than a slab ({MAX_BYTES >> 20} MiB)"
-    if find(param) is not None:
+    if find(tensor) is not None:
         return None
-    if not _has_dlpack(param.device.type):
-        return f"lies on {param.device.type}, which has no DLPack"
-    return why_not_moved(param)
+    if not _has_dlpack(tensor.device.type):
+        return f"lies on {tensor.device.type}, which has no DLPack"
+    if tensor.device.type == "cpu" and (tensor.is_shared() or tensor.is_pinned()):
+        return "lies in shared or pinned memory"
+    if not _fills_storage(tensor):
+        return "is a view of a larger storage"
+    if not tensor.untyped_storage().resizable():
+        return "lies in memory of another owner"  # a NumPy array, a mapped file
+    holders, sole = _holders(tensor), _sole_holders(tensor.requires_grad)
+    if holders[1:] != sole[1:]:
+        return "shares its storage with another tensor"
+    if holders != sole:
+        return "is held by DDP, or by an importer of DLPack"  # these two look alike
+    return None

@@ -34,7 +34,8 @@ def spans(
     A span has `limit` elements at the most, a tensor in it `longest`. Empty ones are in neither.
     """
     used = [column for column in columns if column is not None]
-    pitches = [pitch(t.numel(), t.dtype, alignment) for t in used[0]]
+    itemsize = used[0][0].itemsize
+    pitches = [pitch(t.numel(), itemsize, alignment) for t in used[0]]
     joined, alone = [], []
     for run in _runs(used, pitches, limit, longest):
         if len(run) == 1:
@@ -50,19 +51,18 @@ def _runs(
     columns: Sequence[Sequence[Tensor]], pitches: list[int], limit: int, longest: int
 ) -> list[list[int]]:
     """The indices in order, without those of empty tensors, in runs of neighbours."""
-    homes = [[find(tensor) for tensor in column] for column in columns]
+    itemsize = columns[0][0].itemsize
     one_dtype = len({column[0].dtype for column in columns}) == 1
+    addresses = [[tensor.data_ptr() for tensor in column] for column in columns]
 
     def adjacent(left: int, right: int) -> bool:
         if not one_dtype or max(pitches[left], pitches[right]) > longest:
             return False
-        distance = pitches[left] * columns[0][left].itemsize
-        return all(
-            home[left] is not None
-            and home[left] is home[right]
-            and column[right].data_ptr() - column[left].data_ptr() == distance
-            for home, column in zip(homes, columns, strict=True)
-        )
+        distance = pitches[left] * itemsize
+        if any(places[right] - places[left] != distance for places in addresses):
+            return False
+        homes = [(find(column[left]), find(column[right])) for column in columns]
+        return all(home is not None and home is other for home, other in homes)
 
     runs: list[list[int]] = []
     length = 0
@@ -89,14 +89,8 @@ def all_given(grads: Sequence[Tensor | None]) -> bool:
     return all(map(is_not, grads, repeat(None)))
 
 
-def present(span: Span, grads: Sequence[Tensor | None]) -> Iterator[slice]:
-    """The stretches of a span, counted from its start, in which every tensor has a gradient."""
-    own = grads[span.first : span.first + len(span)]
-    if all_given(own):
-        yield slice(0, len(span))
-        return
-    given = list(map(is_not, own, repeat(None)))
-    for has_grad, stretch in groupby(range(len(span)), given.__getitem__):
-        if has_grad:
-            members = list(stretch)
-            yield slice(members[0], members[-1] + 1)
+def stretches(indices: Sequence[int], keys: Sequence[object]) -> Iterator[list[int]]:
+    """Neighbours with the same key, without those whose key is None."""
+    for key, members in groupby(indices, keys.__getitem__):
+        if key is not None:
+            yield list(members)

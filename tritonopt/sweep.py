@@ -1,27 +1,32 @@
 """Applies an eager rule to many tensors in pieces that stay in the CPU's cache.
 
 Eager operators over a long tensor run from memory, one pass each. Over pieces of 2^19 elements they
-run from cache, 5 times as fast. Small tensors that lie side by side in slabs are one piece: only
-their gradients, which autograd scatters, are gathered first.
+run from cache, 5 times as fast. An operator costs microseconds whatever it works on: small tensors
+that lie side by side in slabs are one piece, of which only the gradients, which autograd scatters,
+are gathered first; small tensors that lie apart are gathered themselves and copied back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritonopt import eager, slab
-from tritonopt.span import Span, present, spans
+from tritonopt.eager import Scratch
+from tritonopt.span import Span, all_given, spans, stretches
 
 PIECE = 2**19
 """Elements. 2^19 and 2^20 measured alike (2 cores, 32 MiB of L3), 2^17 a third slower."""
 
 GATHERED = 2**16
 """Elements up to which a gradient is gathered. Beyond, its copy costs what operators on it do."""
+
+SMALL, FEW = 2**12, 4
+"""Elements up to which tensors that lie apart are gathered, if they are more than a few. At 2^14
+the copies cost as much as the operators (2 cores)."""
 
 SERIAL = 2**15 - 1
 """Elements up to which torch runs an operator, `cat` included, on the calling thread."""
@@ -33,12 +38,17 @@ are updated in the 0.13 ms that it takes to wake them."""
 RECENT_ROOMS = 64
 """Lengths whose scratch is kept as views. Where gradients are missing, any length may occur."""
 
+flatten = torch._C._nn.flatten_dense_tensors
+unflatten = torch._C._nn.unflatten_dense_tensors
+
 
 class Sweep:
     """The update of `params` and their state, which must not move as long as it is used.
 
     `columns` has one list of tensors per state of the rule, in its order; None for an unused one.
     """
+
+    path = "eager"  # in `describe()`
 
     def __init__(
         self,
@@ -50,48 +60,42 @@ class Sweep:
         self.piece = self._piece(params)
         self.columns = [params, *columns]
         self.dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
-        limit = min(self.piece, PIECE)
-        self.spans, self.alone = spans(self.columns, limit, GATHERED)
-        # Of what lies in a slab: views would keep anything else from being packed.
-        self._pieces = {i: self._cut(i) for i in self.alone if slab.find(params[i]) is not None}
-        longest = max(
-            [0]
-            + [span.offsets[-1] for span in self.spans]
-            + [min(params[index].numel(), limit) for index in self.alone]
-        )
-        kind: dict[str, Any] = {"dtype": self.dtype, "device": "cpu"}  # whatever the default device
-        casts = [c is not None and c[0].dtype != self.dtype for c in self.columns]
-        self._casts = [torch.empty(longest, **kind) if c else None for c in casts]
-        self._scratch = torch.empty(2, longest, **kind)
-        self._rooms: dict[int, eager.Scratch] = {}
-        self._grad = torch.zeros(longest, **kind)
-        self._grads = [
-            [
-                self._grad.as_strided(params[index].size(), params[index].stride(), offset)
-                for index, offset in enumerate(span.offsets[:-1], span.first)
-            ]
-            for span in self.spans
-        ]
-
-        # Vectors without padding between them are concatenated in less than half the time.
-        self._gapless = [
-            all(v.dim() == 1 for v in views) and sum(map(Tensor.numel, views)) == span.offsets[-1]
-            for span, views in zip(self.spans, self._grads, strict=True)
-        ]
-
-    def _cut(self, index: int) -> list[list[Tensor | None]]:
-        """The pieces of a tensor and its state, in the order of `columns`."""
-        count = -(-self.columns[0][index].numel() // self.piece)  # type: ignore[index]
-        cut = [
-            [None] * count if c is None else _split(c[index].detach(), self.piece)
-            for c in self.columns
-        ]
-        return list(map(list, zip(*cut, strict=True)))
+        self.spans, apart = spans(self.columns, min(self.piece, PIECE), GATHERED)
+        self.pads = [self._pads(span) for span in self.spans]
+        # Gathered are rows of memory; of other orders of dimensions, a view is made first.
+        self.permuted = {i for i, p in enumerate(params) if not p.is_contiguous()}
+        small = [i for i in apart if params[i].numel() <= SMALL and i not in self.permuted]
+        self.batches = self._batches(small) if len(small) > FEW else []
+        gathered = {i for batch in self.batches for i in batch}
+        self.alone = [i for i in apart if i not in gathered]
+        self._rows: dict[int, list[list[Tensor | None]]] = {}
 
     def _piece(self, params: Sequence[Tensor]) -> int:
         """Elements of a piece."""
         asleep = len(params) >= MANY and sum(p.numel() for p in params) <= LITTLE
         return min(SERIAL, PIECE) if asleep else PIECE
+
+    def _pads(self, span: Span) -> list[Tensor] | None:
+        """What lies between the tensors of a span; None if that is nothing."""
+        ends = zip(span.offsets, span.offsets[1:], strict=False)
+        params = self.columns[0][span.first : span.first + len(span)]  # type: ignore[index]
+        gaps = [stop - start - p.numel() for (start, stop), p in zip(ends, params, strict=True)]
+        if not any(gaps):
+            return None
+        zeros = torch.zeros(max(gaps), dtype=self.dtype, device="cpu")
+        return [zeros[:gap] for gap in gaps]
+
+    def _batches(self, small: Sequence[int]) -> list[list[int]]:
+        batches: list[list[int]] = []
+        room = 0
+        for index in small:
+            numel = self.columns[0][index].numel()  # type: ignore[index]
+            if numel > room:
+                batches.append([])
+                room = SERIAL
+            batches[-1].append(index)
+            room -= numel
+        return batches
 
     def __call__(
         self, grads: Sequence[Tensor | None], factor: Tensor | None = None, **hyper: Any
@@ -103,69 +107,107 @@ class Sweep:
         """
         factor = None if factor is None else factor.cpu()  # of a norm over several devices
         steps = hyper["step"].tolist() if isinstance(hyper.get("step"), Tensor) else None
-        for span, views, gapless in zip(self.spans, self._grads, self._gapless, strict=True):
-            for part in _stretches(span, grads, steps):
+        whole = steps is None and all_given(grads)
+        numbers = steps or [True] * len(grads)
+        keys = [None if g is None else n for g, n in zip(grads, numbers, strict=True)]
+
+        def parts(indices: Sequence[int], in_order: bool) -> list[list[int]]:
+            """The indices that have gradients, those of one number of steps together."""
+            if whole:
+                return [list(indices)]
+            if not in_order:
+                indices = sorted(indices, key=lambda i: (keys[i] is None, keys[i] or 0))
+            return list(stretches(indices, keys))
+
+        for span, pads in zip(self.spans, self.pads, strict=True):
+            for some in parts(range(span.first, span.first + len(span)), in_order=True):
                 if steps is not None:
-                    hyper["step"] = steps[span.first + part.start]
-                source: Any = grads[span.first + part.start : span.first + part.stop]
-                where = slice(span.offsets[part.start], span.offsets[part.stop])
-                grad, flats = self._grad[where], span.flats
-                if len(source) < len(span):
-                    flats = [None if flat is None else flat[where] for flat in flats]
-                if gapless:
-                    torch.cat(source, out=grad)
-                else:
-                    torch._foreach_copy_(views[part], source)
-                if factor is not None:
-                    grad.mul_(factor)
-                self._update(flats, grad, hyper)
+                    hyper["step"] = steps[some[0]]
+                flats, grad = self._side_by_side(span, pads, some, grads)
+                self._update(flats, self._scaled(grad, factor), hyper)
+        for batch in self.batches:
+            for some in parts(batch, in_order=False):
+                if steps is not None:
+                    hyper["step"] = steps[some[0]]
+                columns = [c and [c[i] for i in some] for c in self.columns]
+                copies = [None if c is None else flatten(c) for c in columns]
+                grad = flatten([grads[i] for i in some])
+                self._update(copies, self._scaled(grad, factor), hyper)
+                for column, copy in zip(columns, copies, strict=True):
+                    if column is not None:
+                        torch._foreach_copy_(column, unflatten(copy, column))
         for index in self.alone:
-            whole = grads[index]
-            if whole is not None:
+            grad = grads[index]
+            if grad is not None:
                 if steps is not None:
                     hyper["step"] = steps[index]
-                rows = self._pieces.get(index) or self._cut(index)
-                for row, piece in zip(rows, _split(whole, self.piece), strict=True):
-                    if factor is not None:
-                        room = self._grad[: piece.numel()]
-                        same = room.numel() == piece.numel()
-                        piece = (room.copy_(piece) if same else piece.to(self.dtype)) * factor
-                    self._update(row, piece, hyper)
+                for row, piece in zip(self._cut(index), _split(grad, self.piece), strict=True):
+                    self._update(row, self._scaled(piece, factor), hyper)
+
+    def _side_by_side(
+        self, span: Span, pads: list[Tensor] | None, some: list[int], grads: Sequence[Any]
+    ) -> tuple[list[Tensor | None], Tensor]:
+        """Of neighbours in a span: their memory, and their gradients gathered."""
+        first, last = some[0] - span.first, some[-1] - span.first
+        source = [_flat(grads[i]) if i in self.permuted else grads[i] for i in some]
+        if pads is not None:
+            between = zip(source, pads[first : last + 1], strict=True)
+            source = [tensor for both in between for tensor in both]
+        if len(some) == len(span):
+            return span.flats, flatten(source)
+        where = slice(span.offsets[first], span.offsets[last + 1])
+        return [None if flat is None else flat[where] for flat in span.flats], flatten(source)
+
+    def _scaled(self, grad: Tensor, factor: Tensor | None) -> Tensor:
+        return grad if factor is None else grad.to(self.dtype) * factor
+
+    def _cut(self, index: int) -> list[list[Tensor | None]]:
+        """The pieces of a tensor and its state, in the order of `columns`."""
+        if index not in self._rows:
+            count = -(-self.columns[0][index].numel() // self.piece)  # type: ignore[index]
+            cut = [
+                [None] * count if c is None else _split(c[index].detach(), self.piece)
+                for c in self.columns
+            ]
+            self._rows[index] = list(map(list, zip(*cut, strict=True)))
+        return self._rows[index]
 
     def _update(self, flats: Sequence[Tensor | None], grad: Tensor, hyper: dict[str, Any]) -> None:
         """One piece; half precision is computed in fp32 and rounded once."""
-        numel = grad.numel()
-        if grad.dtype != self.dtype:
-            grad = self._grad[:numel].copy_(grad)
-        work = [
-            flat if flat is None or cast is None else cast[:numel].copy_(flat)
-            for flat, cast in zip(flats, self._casts, strict=True)
-        ]
-        self.rule(work[0], grad, *work[1:], self._room(numel), **hyper)
+        dtype = self.dtype
+        work = [flat if flat is None or flat.dtype is dtype else flat.to(dtype) for flat in flats]
+        grad = grad if grad.dtype is dtype else grad.to(dtype)
+        self.rule(work[0], grad, *work[1:], _scratch.of(grad.numel(), dtype), **hyper)
         for flat, computed in zip(flats, work, strict=True):
-            if flat is not None and computed is not None and computed is not flat:
-                flat.copy_(computed)
-
-    def _room(self, numel: int) -> eager.Scratch:
-        if numel not in self._rooms:
-            if len(self._rooms) >= RECENT_ROOMS:
-                self._rooms.clear()
-            self._rooms[numel] = eager.Scratch.of(*self._scratch[:, :numel])
-        return self._rooms[numel]
+            if computed is not flat:
+                flat.copy_(computed)  # type: ignore[union-attr]
 
 
-def _stretches(
-    span: Span, grads: Sequence[Tensor | None], steps: list[float] | None
-) -> Iterator[slice]:
-    """The stretches of a span in which every tensor has a gradient and the same number of steps."""
-    if steps is None:
-        yield from present(span, grads)
-        return
-    for part in present(span, grads):
-        indices = range(part.start, part.stop)
-        for _, same in groupby(indices, lambda index: steps[span.first + index]):
-            members = list(same)
-            yield slice(members[0], members[-1] + 1)
+class _ThreadScratch(threading.local):
+    """Memory for intermediate results: of the process, one for each thread and dtype."""
+
+    def __init__(self) -> None:
+        self.memory: dict[torch.dtype, Tensor] = {}
+        self.rooms: dict[tuple[int, torch.dtype], Scratch] = {}
+
+    def of(self, numel: int, dtype: torch.dtype) -> Scratch:
+        room = self.rooms.get((numel, dtype))
+        if room is not None:
+            return room
+        memory = self.memory.get(dtype)
+        if memory is None or memory.size(1) < numel:
+            self.rooms.clear()
+            size = 1 << (numel - 1).bit_length()
+            with torch.inference_mode(False):
+                memory = torch.empty(2, size, dtype=dtype, device="cpu")
+            self.memory[dtype] = memory
+        if len(self.rooms) >= RECENT_ROOMS:
+            self.rooms.clear()
+        room = self.rooms[numel, dtype] = Scratch.of(*memory[:, :numel])
+        return room
+
+
+_scratch = _ThreadScratch()
 
 
 def _split(tensor: Tensor, piece: int) -> Sequence[Tensor]:
@@ -175,4 +217,4 @@ def _split(tensor: Tensor, piece: int) -> Sequence[Tensor]:
 
 def _flat(tensor: Tensor) -> Tensor:
     """The elements of a dense tensor in the order in which they lie in memory."""
-    return tensor.as_strided((tensor.numel(),), (1,))
+    return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
