@@ -20,12 +20,12 @@ HEAD = (
 TEXT = ("device", "dtype", "path")
 
 
-def table(groups: Sequence[Group], sweep_path: str) -> str:
+def table(groups: Sequence[Group], sweep_path: str, packed: bool) -> str:
     rows: list[tuple[str, ...]] = [HEAD]
     notes: list[str] = []
     for index, known in enumerate(groups):
-        rows += [(str(index), *row) for row in (*_native(known, sweep_path), *_fallback(known))]
-        notes += [f"group {index}: {note}" for note in _notes(known)]
+        rows += [(str(index), *row) for row in (*_native(known, sweep_path, packed), *_fallback(known))]
+        notes += [f"group {index}: {note}" for note in _notes(known, packed)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
@@ -37,7 +37,7 @@ def table(groups: Sequence[Group], sweep_path: str) -> str:
     return "\n".join(lines + notes)
 
 
-def _native(known: Group, sweep_path: str) -> Iterator[tuple[str, ...]]:
+def _native(known: Group, sweep_path: str, packed: bool) -> Iterator[tuple[str, ...]]:
     """A row for each launch or sweep; what has no state yet will be in one with its like."""
     rows: dict[tuple[str, str, str], list[tuple[Tensor, int]]] = {}
     for part in known.plan.parts if known.plan is not None else ():
@@ -50,17 +50,17 @@ def _native(known: Group, sweep_path: str) -> Iterator[tuple[str, ...]]:
         nbytes = param.itemsize * (3 + 2 * len(known.rule.used))
         rows.setdefault(kind, []).append((param, nbytes))
     for kind, members in rows.items():
-        packed = sum(_why_in_place(p, known) is None for p, _ in members)
+        in_slabs = sum(_why_in_place(p, packed) is None for p, _ in members)
         numel = sum(local(p).numel() for p, _ in members)
         nbytes = sum(local(p).numel() * per_element for p, per_element in members)
-        counts = packed, len(members) - packed, 0, numel, nbytes
+        counts = in_slabs, len(members) - in_slabs, 0, numel, nbytes
         yield (*kind, *(f"{count:,}" for count in counts))
 
 
-def _why_in_place(param: Tensor, known: Group) -> str | None:
+def _why_in_place(param: Tensor, packed: bool) -> str | None:
     """None for what lies in a slab, and for what the first step will move to one."""
     why = slab.why_not_packed(param)
-    if why is None and known.packed and slab.find(param) is None:
+    if why is None and packed and slab.find(param) is None:
         return "nothing lies beside it, or it was moved after the first step"
     return why
 
@@ -81,8 +81,8 @@ def _fallback(known: Group) -> Iterator[tuple[str, ...]]:
         yield (*kind, "torch", "0", "0", str(count), f"{numels[kind]:,}", "-")
 
 
-def _notes(known: Group) -> Iterator[str]:
-    reasons = [_why_in_place(param, known) for param in (*known.native, *known.expected())]
+def _notes(known: Group, packed: bool) -> Iterator[str]:
+    reasons = [_why_in_place(param, packed) for param in (*known.native, *known.expected())]
     for why, count in Counter(filter(None, reasons)).items():
         yield f"{count} in place: {why}"
     for why, count in Counter(why for _, why in known.fallback).items():

@@ -1,4 +1,4 @@
-"""One param group: which of its parameters a plan updates, and why torch updates the others."""
+"""Param groups of the same options: which parameters a plan updates, and why torch the others."""
 
 from __future__ import annotations
 
@@ -30,23 +30,20 @@ class Stale(Exception):
 
 
 class Group:
-    """A param group as it was when it was last looked at."""
-
-    packed = False  # whether its tensors have been offered a place in a slab
-    options: Any = None  # that decided about the rule and the path, and are right
+    """One or several param groups with the same options as they were when last looked at."""
 
     def __init__(
         self,
         rule: Rule,
         group: Mapping[str, Any],
+        params: list[Tensor],
         state: Mapping[Tensor, Any],
         why_torch: str | None,
         untrained: Callable[[Mapping[str, Any] | None], bool],
         sweep: Callable[..., Sweep],
     ) -> None:
         self.rule, self.why_torch = rule, why_torch
-        self.flags = rule, why_torch, group["capturable"]
-        self.params: list[Tensor] = list(group["params"])
+        self.params = params
         self.waiting: list[Tensor] = []  # for a gradient, with which their state is made
         self.fallback: list[tuple[Tensor, str]] = []  # left to torch, and why
         self.native: list[Tensor] = []

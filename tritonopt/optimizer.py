@@ -25,6 +25,7 @@ from tritonopt.device import is_capturing, path
 from tritonopt.eligible import why_not_native
 from tritonopt.group import Group, Stale
 from tritonopt.plan import Rule
+from tritonopt.span import all_given
 from tritonopt.scaling import NONE, Scaling, scaled, scaling, total_norm
 from tritonopt.shard import is_sharded, local
 from tritonopt.sweep import Sweep
@@ -35,6 +36,17 @@ _HAS_ACCELERATOR = torch.accelerator.current_accelerator() is not None
 _SCALAR = torch.empty((), device="meta")
 
 
+class Unit:
+    """Neighbouring param groups, `first` to `end`, that have the same options."""
+
+    known: Group | None = None  # how they lay when they were last looked at
+
+    def __init__(self, first: int, end: int, flags: tuple[Any, ...], hyper: dict[str, Any]) -> None:
+        self.first, self.end = first, end
+        self.flags = flags  # rule, why all is left to torch, capturable
+        self.hyper = hyper
+
+
 class FusedOptimizer(torch.optim.Optimizer):
     """Mixed in before one of torch's optimizers: validation, texts and old checkpoints are its."""
 
@@ -42,8 +54,13 @@ class FusedOptimizer(torch.optim.Optimizer):
     _like_gradient: tuple[str, ...] = ()  # state that torch makes in the gradient's dtype
     _sweep: Callable[..., Sweep] = Sweep
     _compile_kwargs: dict[str, Any] | None = None
-    _groups: dict[int, Group]  # by position in param_groups; a cache, verified at every step
-    _known: tuple[list[Any], list[Any]]  # keys and values of the state that the groups know
+    _packed = False  # whether what lies on a CPU has been offered a place in slabs
+    # Caches, verified at every step: groups, the options and joins of neighbouring ones that made
+    # them units, and keys and values of the state that they know.
+    _units: Sequence[Unit] = ()
+    _kinds: list[Any] | None = None
+    _joins: list[bool] | None = None
+    _known: tuple[list[Any], list[Any]] = ([], [])
     max_grad_norm: float | None = None  # over all groups
     grad_norm: Tensor | None = None  # before clipping, of the last step with max_grad_norm
 
@@ -76,17 +93,22 @@ class FusedOptimizer(torch.optim.Optimizer):
             for name, value in options.items():
                 group.setdefault(name, value)
             self._check(group)
-        self._groups, self._known = {}, ([], [])
+        self._forget()
+        self._packed = False
         for group in self.param_groups:
             self._pack_on_accelerator(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        built = "_groups" in self.__dict__  # not while the constructor adds the first groups
+        built = "_packed" in vars(self)  # not while the constructor adds the first groups
         if built and isinstance(param_group, dict):
             self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
         if built:
             self._pack_on_accelerator(self.param_groups[-1])
+            self._packed = False
+
+    def _forget(self) -> None:
+        self._units, self._kinds, self._known = (), None, ([], [])
 
     def __getstate__(self) -> dict[str, Any]:
         names = {"max_grad_norm", "_step_supports_amp_scaling", "_compile_kwargs"}
@@ -100,7 +122,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             for name in self._options:  # which a checkpoint of torch's optimizer does not know
                 if name in old:
                     group.setdefault(name, old[name])
-        self._groups, self._known = {}, ([], [])
+        self._forget()
+        self._packed = False
         if has_fused_amp(self):  # a skipped step is not counted, which only the device knows
             for param, entry in self.state.items():
                 if isinstance(param, Tensor) and isinstance(entry.get("step"), Tensor):
@@ -177,9 +200,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Whether the host must know, before anything is updated, that a step is not skipped."""
         return False
 
-    def _before_update(self, group: dict[str, Any]) -> None:
-        """Called before each update of a group."""
-
     # The step.
 
     @staticmethod
@@ -225,17 +245,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         if _HAS_ACCELERATOR:
             self._accelerator_graph_capture_health_check()
         self._opt_called = True
-        with torch.set_grad_enabled(False):  # as `no_grad`, in half the time
+        enabled = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
             work = self._look()
             scaling = None if work is None else self._scaling(work)
-            if work is None or scaling is None:
-                return
-            self._see_loss(loss)
-            for group, (known, grads) in zip(self.param_groups, work, strict=True):
-                self._update_group(group, known, grads, scaling)
+            if work is not None and scaling is not None:
+                self._see_loss(loss)
+                for unit, known, grads in work:
+                    self._update_unit(unit, known, grads, scaling)
+        finally:
+            torch._C._set_grad_enabled(enabled)
 
-    def _look(self) -> list[tuple[Group, Sequence[Tensor | None]]] | None:
-        """What is known of each group, and the gradients that its plan needs; None: do nothing."""
+    def _look(self) -> list[tuple[Unit, Group, Sequence[Tensor | None]]] | None:
+        """What is known of the groups, and the gradients that a plan needs; None: do nothing."""
+        self._divide()
         keys, values = self._known
         state: Any = self.state
         if (
@@ -244,84 +268,110 @@ class FusedOptimizer(torch.optim.Optimizer):
             and all(map(is_, state.values(), values))
         ):
             state = None
-        work: list[Any] = [self._current(index, state) for index in range(len(self.param_groups))]
-        stale = [index for index, found in enumerate(work) if found is None]
+        stale, work = [], []
+        for unit in self._units:
+            try:
+                if unit.known is None:
+                    raise Stale
+                work.append((unit, unit.known, unit.known.gradients(self._params(unit), state)))
+            except Stale:
+                stale.append(unit)
         if stale and not self._look_again(stale):
             return None
-        for index in stale:
-            known = self._groups[index]
-            work[index] = known, known.gradients(known.params, None)
         if stale or state is not None:
             self._known = [*self.state], [*self.state.values()]
-            for index in [i for i in self._groups if i >= len(work)]:
-                self._groups.pop(index, None)  # of groups that were removed
+        if stale:
+            groups = [(unit, unit.known) for unit in self._units if unit.known is not None]
+            return [(unit, group, group.gradients(group.params, None)) for unit, group in groups]
         return work
 
-    def _current(self, index: int, state: Any) -> tuple[Group, Sequence[Tensor | None]] | None:
-        """A group and its gradients; None if it must be looked at again."""
-        group, known = self.param_groups[index], self._groups.get(index)
-        if known is None:
-            return None
-        options = self._deciding(group)
-        if options != known.options:
+    def _divide(self) -> None:
+        """Into units: neighbouring groups with the same options, which one plan updates."""
+        options = [(self._deciding(group), self.hyper(group)) for group in self.param_groups]
+        joins = [
+            all(map(_is_fixed, hyper.values())) and (kind, hyper) == last
+            for last, (kind, hyper) in zip(options, options[1:], strict=False)
+        ]
+        kinds = [kind for kind, _ in options]
+        if kinds == self._kinds and joins == self._joins:
+            for unit in self._units:
+                unit.hyper = options[unit.first][1]
+            return
+        for group in self.param_groups:
             self._check(group)
-            if (self.rule(group), self._why_torch(group), group["capturable"]) != known.flags:
-                return None
-            known.options = _unchanging(options)
-        try:
-            return known, known.gradients(group["params"], state)
-        except Stale:
-            return None
+        firsts = [0, *(index + 1 for index, joined in enumerate(joins) if not joined)]
+        ends = [*firsts[1:], len(options)]
+        units = [
+            self._unit(first, end, options[first][1])
+            for first, end in zip(firsts, ends, strict=True)
+            if end > first
+        ]
+        last = {(unit.first, unit.end, unit.flags): unit.known for unit in self._units}
+        for unit in units:
+            unit.known = last.get((unit.first, unit.end, unit.flags))
+        fixed = all(_is_fixed(value) for kind in kinds for value in kind)
+        self._units, self._joins = units, joins
+        self._kinds = kinds if fixed else None  # else they are looked at at every step
 
-    def _look_again(self, stale: Sequence[int]) -> bool:
-        """Looks at groups anew, once their missing state has been made; False: do nothing."""
-        groups = [self.param_groups[index] for index in stale]
-        if any(is_capturing(p.device) for group in groups for p in group["params"][:1]):
-            raise RuntimeError(
-                "parameters, state or options changed since the last step, or there was none: "
-                "take one step before a graph captures it"
-            )
-        bare = []  # of each group, parameters with a first gradient
-        for group in groups:
-            self._check(group)
-            given = [p for p in group["params"] if p.grad is not None]
+    def _unit(self, first: int, end: int, hyper: dict[str, Any]) -> Unit:
+        group = self.param_groups[first]
+        flags = self.rule(group), self._why_torch(group), group["capturable"]
+        return Unit(first, end, flags, hyper)
+
+    def _params(self, unit: Unit) -> list[Tensor]:
+        if unit.end == unit.first + 1:
+            return self.param_groups[unit.first]["params"]  # type: ignore[no-any-return]
+        groups = self.param_groups[unit.first : unit.end]
+        return [param for group in groups for param in group["params"]]
+
+    def _look_again(self, stale: Sequence[Unit]) -> bool:
+        """Looks at units anew, once their missing state has been made; False: do nothing."""
+        if not self._packed:
+            stale = self._units
+        bare = []  # of each unit, parameters with a first gradient
+        for unit in stale:
+            params = self._params(unit)
+            if any(is_capturing(p.device) for p in params[:1]):
+                raise RuntimeError(
+                    "parameters, state or options changed since the last step, or there was none: "
+                    "take one step before a graph captures it"
+                )
+            given = [p for p in params if p.grad is not None]
             for param in given:
                 layout = local(param.grad).layout
                 if layout is not torch.strided:
                     kind = "sparse" if param.grad.is_sparse else str(layout)
-                    raise RuntimeError(
-                        f"{self.rule(group).title} does not support {kind} gradients"
-                    )
+                    title = unit.flags[0].title
+                    raise RuntimeError(f"{title} does not support {kind} gradients")
             bare.append([p for p in given if not self.state.get(p)])
         if any(bare):
             skip = vars(self).get("found_inf") if has_fused_amp(self) else None
             if skip is not None and skip.item():
                 return False
-            if self._is_dummy_step(groups, bare):
-                for group, params in zip(groups, bare, strict=True):
-                    self._make_state(group, params, dict.fromkeys(self.rule(group).used, 0.0))
+            if self._is_dummy_step([p for params in bare for p in params]):
+                for unit, params in zip(stale, bare, strict=True):
+                    starts = dict.fromkeys(unit.flags[0].used, 0.0)
+                    self._make_state(self.param_groups[unit.first], params, starts)
                 return False
-        for index, group, params in zip(stale, groups, bare, strict=True):
-            self._look_at(index, group, params)
+        for unit, params in zip(stale, bare, strict=True):
+            self._complete_state(unit, params)
+        if not self._packed and any(p.grad is not None for u in stale for p in self._params(u)):
+            self._pack_on_cpu()
+            self._packed = True
+        for unit in stale:
+            unit.known = self._group(unit)
         return True
 
-    def _look_at(self, index: int, group: dict[str, Any], bare: Sequence[Tensor]) -> None:
-        why_torch, rule = self._why_torch(group), self.rule(group)
+    def _complete_state(self, unit: Unit, bare: Sequence[Tensor]) -> None:
+        group, (rule, why_torch, _) = self.param_groups[unit.first], unit.flags
         if not why_torch:
             starts = {key: self.initial(key, group) for key in rule.used}
             self._make_state(group, [p for p in bare if why_not_native(p) is None], starts)
-        for param in group["params"]:
+        for param in self._params(unit):
             if param.grad is not None and self._is_untrained(self.state.get(param)):
                 self._start(group, self.state[param])
-        last = self._groups.get(index)
-        packed = last is not None and last.packed
-        if not packed and any(p.grad is not None for p in group["params"]):
-            self._pack_on_cpu(group)
-            packed = True
-        known = self._group(group)
-        known.packed, known.options = packed, _unchanging(self._deciding(group))
         option = self._beyond_torch(group)
-        for param, why in known.fallback if option else ():
+        for param, why in self._group(unit).fallback if option else ():
             if param.grad is not None:
                 for made in bare:
                     self.state.pop(made, None)
@@ -329,15 +379,14 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"{option} is not in torch's implementation, which is needed for a parameter "
                     f"of size {tuple(param.size())}: it {why}"
                 )
-        self._groups[index] = known
 
-    def _group(self, group: dict[str, Any]) -> Group:
-        return Group(
-            self.rule(group), group, self.state, self._why_torch(group), self._is_untrained,
-            self._sweep,
-        )  # fmt: skip
+    def _group(self, unit: Unit) -> Group:
+        rule, why_torch, _ = unit.flags
+        params = list(self._params(unit))
+        group = self.param_groups[unit.first]
+        return Group(rule, group, params, self.state, why_torch, self._is_untrained, self._sweep)
 
-    def _is_dummy_step(self, groups: Sequence[Any], bare: Sequence[Sequence[Tensor]]) -> bool:
+    def _is_dummy_step(self, bare: Sequence[Tensor]) -> bool:
         """Whether somebody only wants the state made, as `get_optimizer_state_dict` does.
 
         torch's Rprop is ruined by it: step sizes start from 0 and become the least there is.
@@ -380,14 +429,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             params = dict.fromkeys(group["params"])
             slab.pack(p for p in params if p.device.type != "cpu" and _may_move(p))
 
-    def _pack_on_cpu(self, group: dict[str, Any]) -> None:
+    def _pack_on_cpu(self) -> None:
         """At the first step: until then models are moved, cast and wrapped."""
-        if self._why_torch(group):
-            return
-        params = [p for p in dict.fromkeys(group["params"]) if p.is_cpu and _may_move(p)]
-        slab.pack(params)
-        entries = [entry for entry in map(self.state.get, params) if entry]
-        for key in self.rule(group).used:
+        groups = [group for group in self.param_groups if not self._why_torch(group)]
+        params = dict.fromkeys(p for group in groups for p in group["params"])
+        movable = [p for p in params if p.is_cpu and _may_move(p)]
+        slab.pack(movable)
+        entries = [entry for entry in map(self.state.get, movable) if entry]
+        for key in dict.fromkeys(key for group in groups for key in self.rule(group).used):
             slab.pack(entry[key] for entry in entries if isinstance(entry.get(key), Tensor))
         steps = [entry["step"] for entry in entries if isinstance(entry.get("step"), Tensor)]
         slab.pack((step for step in steps if step.is_cpu), alignment=1)
@@ -398,30 +447,30 @@ class FusedOptimizer(torch.optim.Optimizer):
         grad_scale, skip = amp.get("grad_scale"), amp.get("found_inf")
         if grad_scale is None and skip is None and self.max_grad_norm is None:
             return NONE
-        norm = None if self.max_grad_norm is None else total_norm(work)
+        norm = None if self.max_grad_norm is None else total_norm([w[1:] for w in work])
         found, self.grad_norm = scaling(norm, self.max_grad_norm, grad_scale, skip)
-        waits = self._needs_host_sync() or not all(_in_kernels(known) for known, _ in work)
+        waits = self._needs_host_sync() or not all(_in_kernels(known) for _, known, _ in work)
         if skip is not None and waits:
             return None if skip.item() else found._replace(skip=None)
         return found
 
-    def _update_group(
-        self,
-        group: dict[str, Any],
-        known: Group,
-        grads: Sequence[Tensor | None],
-        scaling: Scaling,
+    def _update_unit(
+        self, unit: Unit, known: Group, grads: Sequence[Tensor | None], scaling: Scaling
     ) -> None:
-        self._before_update(group)
+        group = self.param_groups[unit.first]
         if known.fallback:
             params = [param for param, _ in known.fallback]
             foreach = group["foreach"] or False  # one after the other, as overlapping tensors need
             differentiable = self.defaults["differentiable"]
             with torch.set_grad_enabled(differentiable), scaled(params, scaling.factor):
                 self.update_by_torch({**group, "params": params, "foreach": foreach})
-        changed = [p for p, grad in zip(known.native, grads, strict=True) if grad is not None]
-        if known.plan is not None and changed:
-            known.plan(grads, self.hyper(group), *scaling, reserve=group["capturable"])
+        if known.plan is None:
+            return
+        changed = known.native
+        if not all_given(grads):
+            changed = [p for p, grad in zip(changed, grads, strict=True) if grad is not None]
+        if changed:
+            known.plan(grads, unit.hyper, *scaling, reserve=group["capturable"])
             torch.autograd.graph.increment_version(changed)  # a later backward must notice
 
     def compile(self, **kwargs: Any) -> None:
@@ -443,7 +492,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         self._compile_kwargs = kwargs
         self._sweep = partial(CompiledSweep, **kwargs)
-        self._groups = {}
+        self._forget()
 
     def describe(self) -> str:
         """A table of what updates which parameters, and why any of them is not packed.
@@ -459,10 +508,13 @@ class FusedOptimizer(torch.optim.Optimizer):
             group  device  dtype    path   packed  in place  torch  elements  bytes/step
                 0  cpu     float32  eager       2         0      0        20         400
         """
+        self._forget()  # plans, whose views would count as holders of their tensors
+        groups = []
         for index, group in enumerate(self.param_groups):
-            last, self._groups[index] = self._groups.get(index), self._group(group)
-            self._groups[index].packed = last is not None and last.packed
-        return table([*self._groups.values()], getattr(self._sweep, "func", self._sweep).path)
+            self._check(group)
+            groups.append(self._group(self._unit(index, index + 1, {})))
+        sweep_path = getattr(self._sweep, "func", self._sweep).path
+        return table(groups, sweep_path, self._packed)
 
 
 def has_fused_amp(optimizer: torch.optim.Optimizer) -> bool:
@@ -480,10 +532,9 @@ def _why_watched() -> str | None:
     return None
 
 
-def _unchanging(options: list[Any]) -> list[Any] | None:
-    """To compare later ones with; None where a tensor or an array may have been written to."""
-    known = (int, float, str, type(None))
-    return options if all(isinstance(option, known) for option in options) else None
+def _is_fixed(value: Any) -> bool:
+    """Whether a value is what it was; a tensor or an array may have been written to."""
+    return isinstance(value, (int, float, str, type(None)))
 
 
 def _makes_plain(param: Tensor) -> bool:

@@ -162,15 +162,18 @@ class Plan:
 
         `reserve`: sees to it that a graph can capture later steps.
         """
-        more = {**hyper, **_given(factor=factor, skip=skip)}
-        self._count(grads, skip)
+        whole = all_given(grads)
+        self._count(grads, whole, skip)
+        more = dict(hyper)
+        if factor is not None:
+            more["factor"] = factor
+        if skip is not None:
+            more["skip"] = skip
+        alone = len(self.parts) == 1 and not self.apart
         for part in self.parts:
-            own = grads if len(self.parts) == 1 and not self.apart else [
-                grads[index] for index in part.indices
-            ]  # fmt: skip
             if self.rule.takes_step:
                 more["step"] = _common([self.steps[index] for index in part.indices])
-            part.update(own, **more)
+            part.update(grads if alone else [grads[index] for index in part.indices], **more)
             if reserve and hasattr(part.update, "reserve") and not is_capturing(part.device):
                 part.update.reserve()
         for index in self.apart:
@@ -180,26 +183,26 @@ class Plan:
                 states = [c and c[index] for c in self.columns]
                 update_alone(self.rule, self.params[index], grad, states, {**hyper, **step})
 
-    def _count(self, grads: Sequence[Tensor | None], skip: Tensor | None) -> None:
+    def _count(self, grads: Sequence[Tensor | None], whole: bool, skip: Tensor | None) -> None:
         """Adds 1 to the step of every parameter that has a gradient."""
-        whole = all_given(grads)
-        keys = [None if grad is None else True for grad in grads]
+        keys = None if whole else [None if grad is None else True for grad in grads]
         for span in self.joined:
             flat: Any = span.flats[0]
-            if whole:
-                flat.add_(_one(flat, skip))
-                continue
             for some in stretches(range(span.first, span.first + len(span)), keys):
-                flat[some[0] - span.first : some[-1] + 1 - span.first].add_(_one(flat, skip))
-        lone = [self.steps[i] for i in self.lone if whole or grads[i] is not None]
+                part = flat[some[0] - span.first : some[-1] + 1 - span.first]
+                part.add_(_one(flat, skip))
+        lone = self.lone if whole else [i for i in self.lone if grads[i] is not None]
         if len(lone) < 3 or not self.alike:
-            for step in lone:
+            for index in lone:
+                step = self.steps[index]
                 step.add_(_one(step, skip))
-        elif not lone[0].is_cpu:
-            torch._foreach_add_(lone, _one(lone[0], skip))
+            return
+        steps = [self.steps[index] for index in lone]
+        if not steps[0].is_cpu:
+            torch._foreach_add_(steps, _one(steps[0], skip))
         else:  # gathered, in a third of the time of `torch._foreach_add_`
-            counts = flatten(lone)
-            torch._foreach_copy_(lone, unflatten(counts.add_(_one(counts, skip)), lone))
+            counts = flatten(steps)
+            torch._foreach_copy_(steps, unflatten(counts.add_(_one(counts, skip)), steps))
 
 
 def update_alone(
@@ -217,10 +220,6 @@ def update_alone(
 
 def _one(step: Tensor, skip: Tensor | None) -> Any:
     return 1 if skip is None else (skip == 0).to(step)
-
-
-def _given(**tensors: Tensor | None) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
 def _common(steps: Sequence[Tensor]) -> float | Tensor:

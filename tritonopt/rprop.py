@@ -92,8 +92,6 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
 
     _options = {"variant": "irprop-"}
     _like_gradient = ("step_size",)
-    _loss: float  # of this step, for "irprop+"
-    _loss_rose = False  # since the last one, for the group that is being updated
 
     def __init__(
         self,
@@ -126,7 +124,7 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
             **numbers,
             "maximize": group["maximize"],
             "variant": self._option(group, "variant"),
-            "loss_rose": self._loss_rose,
+            "loss_rose": False,
         }
 
     def initial(self, key: str, group: dict[str, Any]) -> float:
@@ -140,7 +138,8 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         rprop(*lists, has_complex=has_complex, **_torch_limits(group), **options)
 
     def _deciding(self, group: dict[str, Any]) -> list[Any]:
-        return [*map(group.get, _DECIDING), *group["etas"], *group["step_sizes"]]
+        values = map(group.get, _DECIDING)
+        return [*values, *group["etas"], *group["step_sizes"], group.get("last_loss")]
 
     def _check(self, group: dict[str, Any]) -> None:
         if self._option(group, "variant") not in VARIANTS:
@@ -158,12 +157,12 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
 
     # State that a dummy step has made.
 
-    def _is_dummy_step(self, groups: Sequence[Any], bare: Sequence[Sequence[Tensor]]) -> bool:
+    def _is_dummy_step(self, bare: Sequence[Tensor]) -> bool:
         if any(isinstance(key, Tensor) for key in self.state):
             return False
         if any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
-        return not any(bool(local(p.grad).any()) for params in bare for p in params)
+        return not any(bool(local(p.grad).any()) for p in bare)
 
     def _is_untrained(self, entry: Any) -> bool:
         if not entry or not entry.keys() >= {"step", "step_size"}:
@@ -204,18 +203,18 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         if isinstance(loss, Tensor) and is_capturing(loss.device):
             raise RuntimeError("variant='irprop+' compares losses on the host: no graph can do it")
         try:
-            self._loss = float(loss.detach() if isinstance(loss, Tensor) else loss)
+            value = float(loss.detach() if isinstance(loss, Tensor) else loss)
         except (TypeError, ValueError, RuntimeError) as error:
             kind = f"a tensor of size {tuple(loss.size())}" if isinstance(loss, Tensor) else loss
             raise ValueError(
                 f"variant='irprop+' needs the loss as one number: step(closure) returned {kind!r}"
             ) from error
-
-    def _before_update(self, group: dict[str, Any]) -> None:
-        if self._option(group, "variant") == "irprop+":
-            last, sign = group.get("last_loss"), -1 if group["maximize"] else 1
-            self._loss_rose = last is not None and sign * self._loss > sign * last
-            group["last_loss"] = self._loss
+        for unit in self._units:
+            for group in self.param_groups[unit.first : unit.end]:
+                if self._option(group, "variant") == "irprop+":
+                    last, sign = group.get("last_loss"), -1 if group["maximize"] else 1
+                    unit.hyper["loss_rose"] = last is not None and sign * value > sign * last
+                    group["last_loss"] = value
 
 
 def launcher() -> Callable[..., None]:

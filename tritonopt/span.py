@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate, groupby, repeat
 from operator import is_not
 from typing import NamedTuple
@@ -89,8 +89,12 @@ def all_given(grads: Sequence[Tensor | None]) -> bool:
     return all(map(is_not, grads, repeat(None)))
 
 
-def stretches(indices: Sequence[int], keys: Sequence[object]) -> Iterator[list[int]]:
-    """Neighbours with the same key, without those whose key is None."""
-    for key, members in groupby(indices, keys.__getitem__):
-        if key is not None:
-            yield list(members)
+def stretches(indices: Sequence[int], keys: Sequence[object] | None) -> Iterable[Sequence[int]]:
+    """Neighbours in a list of indices with the same key, without those whose key is None.
+
+    `keys` None: they all have the same.
+    """
+    if keys is None:
+        return (indices,)
+    found = ((key, list(members)) for key, members in groupby(indices, keys.__getitem__))
+    return [members for key, members in found if key is not None]

@@ -60,6 +60,7 @@ class Sweep:
         self.piece = self._piece(params)
         self.columns = [params, *columns]
         self.dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
+        self.computes_in_place = all(c[0].dtype is self.dtype for c in self.columns if c)
         self.spans, apart = spans(self.columns, min(self.piece, PIECE), GATHERED)
         self.pads = [self._pads(span) for span in self.spans]
         # Gathered are rows of memory; of other orders of dimensions, a view is made first.
@@ -107,42 +108,37 @@ class Sweep:
         """
         factor = None if factor is None else factor.cpu()  # of a norm over several devices
         steps = hyper["step"].tolist() if isinstance(hyper.get("step"), Tensor) else None
-        whole = steps is None and all_given(grads)
-        numbers = steps or [True] * len(grads)
-        keys = [None if g is None else n for g, n in zip(grads, numbers, strict=True)]
-
-        def parts(indices: Sequence[int], in_order: bool) -> list[list[int]]:
-            """The indices that have gradients, those of one number of steps together."""
-            if whole:
-                return [list(indices)]
-            if not in_order:
-                indices = sorted(indices, key=lambda i: (keys[i] is None, keys[i] or 0))
-            return list(stretches(indices, keys))
-
+        keys = _keys(grads, steps)
         for span, pads in zip(self.spans, self.pads, strict=True):
-            for some in parts(range(span.first, span.first + len(span)), in_order=True):
+            for some in stretches(range(span.first, span.first + len(span)), keys):
                 if steps is not None:
                     hyper["step"] = steps[some[0]]
                 flats, grad = self._side_by_side(span, pads, some, grads)
                 self._update(flats, self._scaled(grad, factor), hyper)
         for batch in self.batches:
-            for some in parts(batch, in_order=False):
+            order = batch if steps is None else sorted(batch, key=steps.__getitem__)
+            given = order if keys is None else [i for i in order if grads[i] is not None]
+            for some in stretches(given, keys):
                 if steps is not None:
                     hyper["step"] = steps[some[0]]
-                columns = [c and [c[i] for i in some] for c in self.columns]
-                copies = [None if c is None else flatten(c) for c in columns]
-                grad = flatten([grads[i] for i in some])
-                self._update(copies, self._scaled(grad, factor), hyper)
-                for column, copy in zip(columns, copies, strict=True):
-                    if column is not None:
-                        torch._foreach_copy_(column, unflatten(copy, column))
+                self._gather(some, self._scaled(flatten([grads[i] for i in some]), factor), hyper)
         for index in self.alone:
-            grad = grads[index]
-            if grad is not None:
+            whole = grads[index]
+            if whole is not None:
                 if steps is not None:
                     hyper["step"] = steps[index]
-                for row, piece in zip(self._cut(index), _split(grad, self.piece), strict=True):
+                rows = self._rows.get(index) or self._cut(index)
+                for row, piece in zip(rows, _split(whole, self.piece), strict=True):
                     self._update(row, self._scaled(piece, factor), hyper)
+
+    def _gather(self, some: Sequence[int], grad: Tensor, hyper: dict[str, Any]) -> None:
+        """Updates copies side by side of tensors that lie apart, and copies them back."""
+        columns = [c and [c[index] for index in some] for c in self.columns]
+        copies = [None if c is None else flatten(c) for c in columns]
+        self._update(copies, grad, hyper)
+        for column, copy in zip(columns, copies, strict=True):
+            if column is not None:
+                torch._foreach_copy_(column, unflatten(copy, column))
 
     def _side_by_side(
         self, span: Span, pads: list[Tensor] | None, some: list[int], grads: Sequence[Any]
@@ -163,24 +159,35 @@ class Sweep:
 
     def _cut(self, index: int) -> list[list[Tensor | None]]:
         """The pieces of a tensor and its state, in the order of `columns`."""
-        if index not in self._rows:
-            count = -(-self.columns[0][index].numel() // self.piece)  # type: ignore[index]
-            cut = [
-                [None] * count if c is None else _split(c[index].detach(), self.piece)
-                for c in self.columns
-            ]
-            self._rows[index] = list(map(list, zip(*cut, strict=True)))
+        count = -(-self.columns[0][index].numel() // self.piece)  # type: ignore[index]
+        cut = [
+            [None] * count if c is None else _split(c[index].detach(), self.piece)
+            for c in self.columns
+        ]
+        self._rows[index] = list(map(list, zip(*cut, strict=True)))
         return self._rows[index]
 
     def _update(self, flats: Sequence[Tensor | None], grad: Tensor, hyper: dict[str, Any]) -> None:
         """One piece; half precision is computed in fp32 and rounded once."""
         dtype = self.dtype
-        work = [flat if flat is None or flat.dtype is dtype else flat.to(dtype) for flat in flats]
-        grad = grad if grad.dtype is dtype else grad.to(dtype)
-        self.rule(work[0], grad, *work[1:], _scratch.of(grad.numel(), dtype), **hyper)
+        scratch = _scratch.of(grad.numel(), dtype)
+        if self.computes_in_place and grad.dtype is dtype:
+            self.rule(flats[0], grad, *flats[1:], scratch, **hyper)
+            return
+        work = [flat if flat is None else flat.to(dtype) for flat in flats]
+        self.rule(work[0], grad.to(dtype), *work[1:], scratch, **hyper)
         for flat, computed in zip(flats, work, strict=True):
             if computed is not flat:
                 flat.copy_(computed)  # type: ignore[union-attr]
+
+
+def _keys(
+    grads: Sequence[Tensor | None], steps: Sequence[float] | None
+) -> Sequence[object] | None:
+    """What tensors updated together have in common, None without a gradient; None: all have all."""
+    if steps is None:
+        return None if all_given(grads) else [None if g is None else True for g in grads]
+    return [None if g is None else step for g, step in zip(grads, steps, strict=True)]
 
 
 class _ThreadScratch(threading.local):
