@@ -66,9 +66,9 @@ class Launch:
     def __call__(
         self,
         grads: Sequence[Tensor | None],
+        hyper: dict[str, Any],
         factor: Tensor | None = None,
         skip: Tensor | None = None,
-        **hyper: Any,
     ) -> None:
         """Updates every tensor that has a gradient. A gradient has its parameter's strides.
 

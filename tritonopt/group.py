@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _get_capturable_supported_devices
 
+from tritonopt.device import is_capturing
 from tritonopt.eligible import (
     BAD_GRADIENT,
     is_plain,
@@ -22,6 +23,7 @@ from tritonopt.plan import Lists, Plan, Rule
 from tritonopt.shard import is_sharded, local, locals_of, same_shards
 from tritonopt.sweep import Sweep
 
+_get_step = itemgetter("step")
 _CAPTURABLE = _get_capturable_supported_devices()
 
 
@@ -80,6 +82,7 @@ class Group:
         self.provisional = any(why == BAD_GRADIENT for _, why in self.fallback)
         self._left = _looks(self.fallback)
         self.sharded = any(map(is_sharded, self.native))
+        self._getters = [itemgetter(key) for key in rule.state if key in rule.used]
         if self.native:
             with torch.inference_mode(False):
                 self.plan = Plan(rule, self.lists(), sweep)
@@ -96,30 +99,24 @@ class Group:
         return None
 
     def lists(self) -> Lists:
-        """What a step works on now. Raises Stale where the group must be looked at again."""
         entries, used = self.entries, self.rule.used
-        params: Sequence[Tensor] = self.native
-        grads: Sequence[Any] = [p.grad for p in params]
-        try:
-            steps = list(map(itemgetter("step"), entries))
-            columns: list[Sequence[Any]] = [
-                list(map(itemgetter(key), entries)) if key in used else []
-                for key in self.rule.state
-            ]
-        except KeyError as error:
-            raise Stale from error
-        if self.sharded:
-            for param, *others in zip(params, grads, *filter(None, columns), strict=True):
-                if not all(t is None or same_shards(param, t) for t in others):
-                    raise Stale
-            columns = [locals_of(column, True) for column in columns]
-            params, grads = locals_of(params, True), locals_of(grads, True)
-        return Lists(params, grads, columns, steps)
+        columns = [
+            [entry[key] for entry in entries] if key in used else [] for key in self.rule.state
+        ]
+        steps = [entry["step"] for entry in entries]
+        grads = [p.grad for p in self.native]
+        if not self.sharded:
+            return Lists(self.native, grads, columns, steps)
+        for param, *others in zip(self.native, grads, *filter(None, columns), strict=True):
+            if not all(t is None or same_shards(param, t) for t in others):
+                raise Stale
+        whole = self.native, grads, [locals_of(column, True) for column in columns], steps
+        return Lists(locals_of(whole[0], True), locals_of(whole[1], True), *whole[2:])
 
     def gradients(
         self, params: Sequence[Tensor], state: Mapping[Tensor, Any] | None
     ) -> Sequence[Tensor | None]:
-        """The gradients as the plan needs them, if the group is as it was; else raises Stale.
+        """The gradients as the plan needs them, if all is as it was; else raises Stale.
 
         `state` None: it is known to hold the same entries.
         """
@@ -136,9 +133,21 @@ class Group:
         if self.plan is None:
             return []
         try:
-            grads = self.plan.gradients(self.lists())
-        except (TypeError, AttributeError, RuntimeError) as error:  # no tensor, or no memory
-            raise Stale from error
+            if self.sharded:
+                lists = self.lists()
+                grads = self.plan.gradients(lists.grads, lists.written(), lists.steps)
+            else:
+                written = [*self.native]
+                for get in self._getters:
+                    written += map(get, self.entries)
+                steps = list(map(_get_step, self.entries))
+                grads = self.plan.gradients([p.grad for p in self.native], written, steps)
+            if grads is None and not self.fallback and not is_capturing(self.native[0].device):
+                lists = self.lists()
+                self.plan = self.plan.moved(lists) or self.plan
+                grads = self.plan.gradients(lists.grads, lists.written(), lists.steps)
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise Stale from error  # of state that is gone, no tensor, or has no memory
         if grads is None:
             raise Stale
         return grads

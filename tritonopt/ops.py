@@ -149,17 +149,19 @@ def _update(rule: Rule, lists: Lists, **hyper: Any) -> None:
         return
     states = lists.columns[0] or lists.params
     recent = _plans.setdefault(states[0], [])  # gone with the optimizer, or a new state
-    for plan, _ in recent:
-        grads = plan.gradients(lists) if plan.rule == rule else None
-        if grads is not None:
-            break
+    lengths = [len(lists.grads), *map(len, lists.columns)]
+    for plan, kind, _ in recent:
+        if kind == (rule, lengths):
+            grads = plan.gradients(lists.grads, lists.written(), lists.steps)
+            if grads is not None:
+                break
     else:
-        recent[:] = [known for known in recent if _is_current(*known)]
+        recent[:] = [known for known in recent if _is_current(known[0], known[2])]
         plan = _plan(rule, lists)
-        grads = plan.gradients(lists)
+        grads = plan.gradients(lists.grads, lists.written(), lists.steps)
         assert grads is not None
         owners = [weakref.ref(tensor) for tensor in lists.written()]
-        recent.insert(0, (plan, owners))
+        recent.insert(0, (plan, (rule, lengths), owners))
         del recent[RECENT_PLANS:]
     plan(grads, hyper, reserve=True)
     torch.autograd.graph.increment_version(lists.params)  # a later backward must notice

@@ -50,16 +50,16 @@ class Unit:
 class FusedOptimizer(torch.optim.Optimizer):
     """Mixed in before one of torch's optimizers: validation, texts and old checkpoints are its."""
 
+    _names: tuple[str, ...]  # of the options that a step looks at
     _options: dict[str, Any] = {}  # that torch does not have, with the values of torch's rule
     _like_gradient: tuple[str, ...] = ()  # state that torch makes in the gradient's dtype
     _sweep: Callable[..., Sweep] = Sweep
     _compile_kwargs: dict[str, Any] | None = None
     _packed = False  # whether what lies on a CPU has been offered a place in slabs
-    # Caches, verified at every step: groups, the options and joins of neighbouring ones that made
-    # them units, and keys and values of the state that they know.
+    # Caches, verified at every step: units, the options that they were made of, and keys and values
+    # of the state that they know.
     _units: Sequence[Unit] = ()
-    _kinds: list[Any] | None = None
-    _joins: list[bool] | None = None
+    _values: list[Any] | None = None
     _known: tuple[list[Any], list[Any]] = ([], [])
     max_grad_norm: float | None = None  # over all groups
     grad_norm: Tensor | None = None  # before clipping, of the last step with max_grad_norm
@@ -108,7 +108,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._packed = False
 
     def _forget(self) -> None:
-        self._units, self._kinds, self._known = (), None, ([], [])
+        self._units, self._values, self._known = (), None, ([], [])
 
     def __getstate__(self) -> dict[str, Any]:
         names = {"max_grad_norm", "_step_supports_amp_scaling", "_compile_kwargs"}
@@ -151,10 +151,6 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def update_by_torch(self, group: dict[str, Any]) -> None:
         """One step of the group by torch's functional implementation."""
-        raise NotImplementedError
-
-    def _deciding(self, group: dict[str, Any]) -> list[Any]:
-        """The values that `_check`, `rule` and `_why_torch` depend on, and `capturable`."""
         raise NotImplementedError
 
     def _why_torch(self, group: dict[str, Any]) -> str | None:
@@ -287,36 +283,28 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _divide(self) -> None:
         """Into units: neighbouring groups with the same options, which one plan updates."""
-        options = [(self._deciding(group), self.hyper(group)) for group in self.param_groups]
-        joins = [
-            all(map(_is_fixed, hyper.values())) and (kind, hyper) == last
-            for last, (kind, hyper) in zip(options, options[1:], strict=False)
-        ]
-        kinds = [kind for kind, _ in options]
-        if kinds == self._kinds and joins == self._joins:
-            for unit in self._units:
-                unit.hyper = options[unit.first][1]
+        watched = _why_watched()
+        values = [[watched, *map(group.get, self._names)] for group in self.param_groups]
+        if values == self._values:
             return
+        count = len(values)
+        fixed = all(_is_fixed(value) for row in values for value in row)
+        firsts = [i for i in range(count) if i == 0 or not fixed or values[i] != values[i - 1]]
         for group in self.param_groups:
             self._check(group)
-        firsts = [0, *(index + 1 for index, joined in enumerate(joins) if not joined)]
-        ends = [*firsts[1:], len(options)]
-        units = [
-            self._unit(first, end, options[first][1])
-            for first, end in zip(firsts, ends, strict=True)
-            if end > first
+        known = {(unit.first, unit.end, unit.flags): unit.known for unit in self._units}
+        self._units = [
+            self._unit(first, end)
+            for first, end in zip(firsts, [*firsts[1:], count], strict=True)
         ]
-        last = {(unit.first, unit.end, unit.flags): unit.known for unit in self._units}
-        for unit in units:
-            unit.known = last.get((unit.first, unit.end, unit.flags))
-        fixed = all(_is_fixed(value) for kind in kinds for value in kind)
-        self._units, self._joins = units, joins
-        self._kinds = kinds if fixed else None  # else they are looked at at every step
+        for unit in self._units:
+            unit.known = known.get((unit.first, unit.end, unit.flags))
+        self._values = values if fixed else None  # else they are looked at at every step
 
-    def _unit(self, first: int, end: int, hyper: dict[str, Any]) -> Unit:
+    def _unit(self, first: int, end: int) -> Unit:
         group = self.param_groups[first]
         flags = self.rule(group), self._why_torch(group), group["capturable"]
-        return Unit(first, end, flags, hyper)
+        return Unit(first, end, flags, self.hyper(group))
 
     def _params(self, unit: Unit) -> list[Tensor]:
         if unit.end == unit.first + 1:
@@ -512,7 +500,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         groups = []
         for index, group in enumerate(self.param_groups):
             self._check(group)
-            groups.append(self._group(self._unit(index, index + 1, {})))
+            groups.append(self._group(self._unit(index, index + 1)))
         sweep_path = getattr(self._sweep, "func", self._sweep).path
         return table(groups, sweep_path, self._packed)
 
@@ -534,6 +522,8 @@ def _why_watched() -> str | None:
 
 def _is_fixed(value: Any) -> bool:
     """Whether a value is what it was; a tensor or an array may have been written to."""
+    if type(value) is tuple:
+        return all(map(_is_fixed, value))
     return isinstance(value, (int, float, str, type(None)))
 
 

@@ -7,8 +7,9 @@ them. A plan is good as long as everything that it writes lies where it lay, and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from itertools import chain, compress, repeat
-from operator import is_, is_not
+from operator import gt, is_, is_not
 from typing import Any, NamedTuple
 
 import torch
@@ -16,10 +17,10 @@ from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 
 from tritonopt.device import is_capturing, path
-from tritonopt.eager import Scratch
+from tritonopt.eager import Scratch, number
 from tritonopt.eligible import belongs, same_layout
 from tritonopt.slab import is_dense
-from tritonopt.span import all_given, spans, stretches
+from tritonopt.span import Span, all_given, spans, stretches
 from tritonopt.sweep import Sweep, flatten, unflatten
 
 
@@ -71,13 +72,10 @@ class Plan:
         sweep: Callable[..., Sweep] = Sweep,
         apart: Iterable[int] = (),
     ) -> None:
-        self.rule = rule
+        self.rule, self.sweep = rule, sweep
         self.params, grads, columns, self.steps = lists
         self.columns = [column or None for column in columns]
-        self.lengths = [len(grads), *map(len, columns)]
         written = lists.written()
-        self.addresses = _addresses(written)
-        self.steps_at = _addresses(self.steps)  # scalars: there is no more to look at
         self.geometry = _geometry(written)
         self.guards: Guards | None = None  # faster than the geometry, but not at once
         self.expected: Guards | None = None  # of gradients that need no look, one by one
@@ -88,16 +86,39 @@ class Plan:
         ]
         indices = range(len(self.params))
         self.apart = sorted({*apart, *(i for i in indices if not self._is_in_order(i))})
-        members: dict[Any, list[int]] = {}
+        self.members: dict[Any, list[int]] = {}  # of each launch or sweep
         for i in [i for i in indices if i not in self.apart] if self.apart else indices:
             param, states = self.params[i], [c[i].dtype for c in self.columns if c]
             kind = param.device, param.dtype, self.grad_dtypes[i], *states
-            members.setdefault(kind, []).append(i)
-        self.parts = [self._part(*kind, some=some, sweep=sweep) for kind, some in members.items()]
-        self.joined, self.lone = spans([self.steps], 2**62, 2**62, 1) if self.steps else ([], [])
+            self.members.setdefault(kind, []).append(i)
+        self.steps_at: list[int] = []
+        self.joined: list[Span] = []
+        self.lone: list[int] = []
+        self._place(written)
+
+    def _place(self, written: Sequence[Tensor]) -> None:
+        """Makes the launches and sweeps, which know where tensors lie."""
+        self.addresses = _addresses(written)
+        self.parts = [self._part(*kind, some=some) for kind, some in self.members.items()]
+        steps_at = _addresses(self.steps)  # scalars: there is no more to look at
+        if steps_at == self.steps_at:
+            return
+        self.steps_at = steps_at
+        self.joined, self.lone = spans([self.steps], 2**62, 2**62, 1)
         kinds = {(step.device, step.dtype) for step in self.steps}
         # Else they are counted one by one: a count that several parameters have is counted often.
-        self.alike = len(kinds) == 1 and len({*self.steps_at}) == len(self.steps_at)
+        self.alike = len(kinds) == 1 and len({*steps_at}) == len(steps_at)
+
+    def moved(self, lists: Lists) -> Plan | None:
+        """The plan of tensors that are what they were and lie elsewhere; None if they are not."""
+        written = lists.written()
+        if self.apart or _geometry(written) != self.geometry or _overlap(written):
+            return None
+        plan = copy(self)
+        plan.params, _, columns, plan.steps = lists
+        plan.columns = [column or None for column in columns]
+        plan._place(written)
+        return plan
 
     def _is_in_order(self, index: int) -> bool:
         """Whether equal offsets are equal elements in the parameter and its state."""
@@ -111,12 +132,11 @@ class Plan:
         grad_dtype: torch.dtype,
         *states: torch.dtype,
         some: list[int],
-        sweep: Callable[..., Sweep],
     ) -> Part:
         params = [self.params[index] for index in some]
         columns = [c and [c[index] for index in some] for c in self.columns]
         if path(device)[0] == "eager":
-            update: Any = sweep(self.rule.eager, params, columns)
+            update: Any = self.sweep(self.rule.eager, params, columns)
         else:
             from tritonopt.kernels.launch import Launch
 
@@ -124,18 +144,19 @@ class Plan:
         moved = 2 * dtype.itemsize + grad_dtype.itemsize + 2 * sum(s.itemsize for s in states)
         return Part(some, update, device, dtype, grad_dtype, moved)
 
-    def gradients(self, lists: Lists) -> Sequence[Tensor | None] | None:
-        """The gradients as the updates need them; None if the plan is not for these lists."""
-        written, lengths = lists.written(), [len(lists.grads), *map(len, lists.columns)]
-        if lengths != self.lengths or _addresses(written) != self.addresses:
-            return None
-        if _addresses(lists.steps) != self.steps_at:
+    def gradients(
+        self, grads: Sequence[Tensor | None], written: Sequence[Tensor], steps: Sequence[Tensor]
+    ) -> Sequence[Tensor | None] | None:
+        """The gradients as the updates need them; None if the plan is not for these tensors.
+
+        `written`: parameters and state, as in :meth:`Lists.written`.
+        """
+        if _addresses(written) != self.addresses or _addresses(steps) != self.steps_at:
             return None
         if self.guards is None or not self.guards.fit(written):
             if _geometry(written) != self.geometry:
                 return None
             self.guards = self.guards or Guards(written)
-        grads = lists.grads
         if self.expected is not None and self.expected.fit(grads):
             return grads
         fitted: list[Tensor | None] = []
@@ -153,7 +174,7 @@ class Plan:
     def __call__(
         self,
         grads: Sequence[Tensor | None],
-        hyper: Mapping[str, Any],
+        hyper: dict[str, Any],
         factor: Tensor | None = None,
         skip: Tensor | None = None,
         reserve: bool = False,
@@ -162,18 +183,13 @@ class Plan:
 
         `reserve`: sees to it that a graph can capture later steps.
         """
-        whole = all_given(grads)
-        self._count(grads, whole, skip)
-        more = dict(hyper)
-        if factor is not None:
-            more["factor"] = factor
-        if skip is not None:
-            more["skip"] = skip
-        alone = len(self.parts) == 1 and not self.apart
+        self._count(grads, skip)
+        whole = len(self.parts) == 1 and not self.apart
         for part in self.parts:
+            own = grads if whole else [grads[index] for index in part.indices]
             if self.rule.takes_step:
-                more["step"] = _common([self.steps[index] for index in part.indices])
-            part.update(grads if alone else [grads[index] for index in part.indices], **more)
+                hyper = {**hyper, "step": _common([self.steps[index] for index in part.indices])}
+            part.update(own, hyper, factor, skip)
             if reserve and hasattr(part.update, "reserve") and not is_capturing(part.device):
                 part.update.reserve()
         for index in self.apart:
@@ -183,8 +199,9 @@ class Plan:
                 states = [c and c[index] for c in self.columns]
                 update_alone(self.rule, self.params[index], grad, states, {**hyper, **step})
 
-    def _count(self, grads: Sequence[Tensor | None], whole: bool, skip: Tensor | None) -> None:
+    def _count(self, grads: Sequence[Tensor | None], skip: Tensor | None) -> None:
         """Adds 1 to the step of every parameter that has a gradient."""
+        whole = all_given(grads)
         keys = None if whole else [None if grad is None else True for grad in grads]
         for span in self.joined:
             flat: Any = span.flats[0]
@@ -219,7 +236,9 @@ def update_alone(
 
 
 def _one(step: Tensor, skip: Tensor | None) -> Any:
-    return 1 if skip is None else (skip == 0).to(step)
+    if skip is not None:
+        return (skip == 0).to(step)
+    return number(1.0) if step.is_cpu else 1
 
 
 def _common(steps: Sequence[Tensor]) -> float | Tensor:
@@ -261,6 +280,14 @@ def _mask(tensors: Sequence[Tensor | None]) -> list[bool]:
 
 def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
+
+
+def _overlap(tensors: Sequence[Tensor]) -> bool:
+    """Whether any of these dense tensors share memory."""
+    places = sorted((t.data_ptr(), t.numel() * t.itemsize) for t in tensors)
+    ends = [start + nbytes for start, nbytes in places if nbytes]
+    starts = [start for start, nbytes in places if nbytes]
+    return any(map(gt, ends, starts[1:]))
 
 
 def _geometry(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:

@@ -19,9 +19,6 @@ from tritonopt.plan import Rule
 _HYPER = ("alpha", "eps", "weight_decay", "momentum", "maximize")
 _SWITCHES = ("eps_in_sqrt", "lr_in_momentum", "nesterov", "decoupled_weight_decay")
 _BEYOND_TORCH = ("initial_scale", "bias_correction", *_SWITCHES)
-_DECIDING = (
-    "alpha", "momentum", "centered", "capturable", "foreach", "differentiable", *_BEYOND_TORCH
-)  # fmt: skip
 STATE = ("square_avg", "grad_avg", "momentum_buffer")
 
 
@@ -94,6 +91,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         Generating Sequences With Recurrent Neural Networks (2013), https://arxiv.org/abs/1308.0850.
     """
 
+    _names = ("lr", *_HYPER, "centered", "capturable", "foreach", "differentiable", *_BEYOND_TORCH)
     _options = {**dict.fromkeys(_BEYOND_TORCH, False), "initial_scale": 0.0}
 
     def __init__(
@@ -160,9 +158,6 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             params, grads, square_avgs, grad_avgs, momentum_buffers, steps,
             has_complex=has_complex, **{name: group[name] for name in names},
         )  # fmt: skip
-
-    def _deciding(self, group: dict[str, Any]) -> list[Any]:
-        return list(map(group.get, _DECIDING))
 
     def _check(self, group: dict[str, Any]) -> None:
         if not 0.0 <= self._option(group, "initial_scale"):

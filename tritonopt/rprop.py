@@ -19,7 +19,6 @@ from tritonopt.optimizer import FusedOptimizer
 from tritonopt.plan import Rule
 from tritonopt.shard import local
 
-_DECIDING = ("variant", "capturable", "foreach", "differentiable")
 STATE = ("prev", "step_size")
 
 
@@ -90,6 +89,10 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         RPROP Algorithm (1993); C. Igel, M. Hüsken, Improving the Rprop Learning Algorithm (2000).
     """
 
+    _names = (
+        "etas", "step_sizes", "maximize", "capturable", "foreach", "differentiable", "variant",
+        "last_loss",
+    )  # fmt: skip
     _options = {"variant": "irprop-"}
     _like_gradient = ("step_size",)
 
@@ -136,10 +139,6 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         names = ("foreach", "differentiable", "capturable", "maximize")
         options = {name: group[name] for name in names}
         rprop(*lists, has_complex=has_complex, **_torch_limits(group), **options)
-
-    def _deciding(self, group: dict[str, Any]) -> list[Any]:
-        values = map(group.get, _DECIDING)
-        return [*values, *group["etas"], *group["step_sizes"], group.get("last_loss")]
 
     def _check(self, group: dict[str, Any]) -> None:
         if self._option(group, "variant") not in VARIANTS:

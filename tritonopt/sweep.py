@@ -99,15 +99,22 @@ class Sweep:
         return batches
 
     def __call__(
-        self, grads: Sequence[Tensor | None], factor: Tensor | None = None, **hyper: Any
+        self,
+        grads: Sequence[Tensor | None],
+        hyper: dict[str, Any],
+        factor: Tensor | None = None,
+        skip: Tensor | None = None,
     ) -> None:
         """Updates every tensor that has a gradient. A gradient has its parameter's strides.
 
-        Gradients count `factor` times.
-        `step`, if the rule takes it, is a number, or a tensor with the number of each tensor.
+        Gradients count `factor` times; nothing is updated where `skip` is not 0. Of `hyper`, `step`, if the rule takes it, is a number, or a tensor with the number of each tensor.
         """
+        if skip is not None and skip.item():
+            return
         factor = None if factor is None else factor.cpu()  # of a norm over several devices
-        steps = hyper["step"].tolist() if isinstance(hyper.get("step"), Tensor) else None
+        steps = None
+        if isinstance(hyper.get("step"), Tensor):
+            steps, hyper = hyper["step"].tolist(), dict(hyper)
         keys = _keys(grads, steps)
         for span, pads in zip(self.spans, self.pads, strict=True):
             for some in stretches(range(span.first, span.first + len(span)), keys):
