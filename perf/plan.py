@@ -37,7 +37,7 @@ GPU = Effort(  # what takes longest comes last, and may not be reached
 )  # fmt: skip
 QUICKLY = Effort(
     0.3, dict.fromkeys(("compiled", "compile()", "backend"), 0), (20,), 25,
-    {"steps": 24, "curve": 8, "counts": 6, "memory": 14, "host": 14, "compile": 36, "tune": 6,
+    {"steps": 24, "curve": 10, "counts": 9, "memory": 14, "host": 14, "compile": 30, "tune": 7,
      "variants": 16},
 )  # fmt: skip
 

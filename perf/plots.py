@@ -11,7 +11,7 @@ Results = dict[str, Any]
 OPTIMIZERS = ("RMSprop", "Rprop")
 COLOURS = {
     "for-loop": "C7", "foreach": "C1", "compiled": "C2", "tritonopt": "C3", "compile()": "C4",
-    "backend": "C0", "torch.compile(step)": "C5", "tritonopt, replayed": "C6",
+    "backend": "C0", "tritonopt, replayed": "C6",
 }  # fmt: skip
 
 

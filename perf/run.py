@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import platform
 import re
 import signal
@@ -12,66 +13,151 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection
 from pathlib import Path
+from time import monotonic
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
-from perf.implementations import Missing
+from perf.implementations import Missing, reason
 from perf.timing import bandwidth
 
 ROOT = Path(__file__).parent.parent
-Job = Callable[[], Iterable[dict[str, Any]]]
+Job = Callable[[], Iterable[Any]]  # can be pickled where it runs in another process
 Jobs = dict[str, Job]
 
 CLOCKS = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
           "power.limit", "temperature.gpu")  # fmt: skip
-
-
-class Part(NamedTuple):
-    jobs: Jobs
-    seconds: float | None = None
-    apart: bool = False  # each job in a process of its own
-
-
-class TimeIsUp(BaseException):
-    """Not an Exception: compilers catch those and go on."""
-
-
 INTERRUPTED = 130
 """The exit code, as of shells."""
 
 
+class Part(NamedTuple):
+    jobs: Jobs
+    seconds: float | None = None  # the part may take; what is limited runs in another process
+    apart: bool = False  # each job in a process of its own
+
+
+class TimeIsUp(Exception):
+    """Of a part, or of a job."""
+
+
+class Child:
+    """A process that runs jobs. One that takes too long is killed, with all that it has started.
+
+    Nothing is interrupted: an exception that a signal's handler raises can come up in anybody's
+    code, such as a callback of the garbage collector, which swallows it.
+    """
+
+    def __init__(self, env: dict[str, str] | None = None) -> None:
+        self.env = env or {}
+        self.process: Any = None
+        self.idle = True
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def __call__(self, job: Job, until: float | None = None) -> Iterator[Any]:
+        """What a job finds. Raises Missing where it fails, TimeIsUp at `until`."""
+        if self.process is None:
+            self._start()
+        try:
+            self.idle = False
+            self.pipe.send(job)
+            while self.pipe.poll(None if until is None else max(0.0, until - monotonic())):
+                kind, found = self.pipe.recv()
+                if kind == "found":
+                    yield found
+                    continue
+                self.idle = True
+                if kind == "failed":
+                    raise Missing(found)
+                return
+        except (EOFError, OSError):
+            self.process.join()
+            why = f"the process ended with exit code {self.process.exitcode}"
+            self.end()
+            raise Missing(why) from None
+        self.end()
+        raise TimeIsUp
+
+    def _start(self) -> None:
+        context = get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, parent_process() is None))
+        path = [*sys.path, str(ROOT)]  # pytest finds `perf` without it
+        with patch.dict(os.environ, self.env), patch.object(sys, "path", path):
+            self.process.start()
+        theirs.close()
+
+    def end(self) -> None:
+        if self.process is None:
+            return
+        self.pipe.close()
+        self.process.join(10 if self.idle else 0)
+        if self.process.exitcode is None:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except (AttributeError, OSError):  # it has no group of its own
+                self.process.kill()
+            self.process.join()
+        self.process = None
+
+
+def _serve(pipe: Connection, leads: bool) -> None:
+    if leads:
+        with suppress(AttributeError):  # not on Windows
+            os.setsid()
+    while True:
+        try:
+            for found in pipe.recv()():
+                pipe.send(("found", found))
+            pipe.send(("done", None))
+        except (EOFError, BrokenPipeError):  # nobody waits any more
+            return
+        except Exception as why:
+            pipe.send(("failed", reason(why)))
+        gc.collect()
+
+
 def run(parts: dict[str, Part], results: dict[str, Any], out: Path | None = None) -> None:
     """Adds the records of every part to `results`, and what is missing, with the reason."""
-    for name, part in parts.items():
-        found = results[name] = []
-        left = list(part.jobs)
-        try:
-            with _at_most(part.seconds):
+    with Child() as child:
+        for name, part in parts.items():
+            found = results[name] = []
+            left = list(part.jobs)
+            until = None if part.seconds is None else monotonic() + part.seconds
+            try:
                 for label in _progress(name, list(part.jobs)):
+                    job = part.jobs[label]
                     try:
-                        job = part.jobs[label]
-                        for record in apart(job) if part.apart else job():
+                        if part.apart:
+                            child.end()
+                        for record in child(job, until) if part.apart or until else job():
                             found.append(record)
-                    except Missing as why:
-                        found.append({"job": label, "missing": str(why)})
+                    except TimeIsUp:
+                        raise
                     except Exception as why:
-                        found.append({"job": label, "missing": f"{type(why).__name__}: {why}"})
+                        found.append({"job": label, "missing": reason(why)})
                     left.remove(label)
                     gc.collect()
-        except TimeIsUp:
-            late = f"the {part.seconds:.0f} s of this part were over"
-            found += [{"job": label, "missing": late} for label in left]
-        except KeyboardInterrupt:
-            found += [{"job": label, "missing": "interrupted"} for label in left]
-            _write(results, out)
-            raise
-        _write(results, out)  # after every part, as a later one may fail
+            except TimeIsUp:
+                late = f"the {part.seconds:.0f} s of this part were over"
+                found += [{"job": label, "missing": late} for label in left]
+            except KeyboardInterrupt:
+                found += [{"job": label, "missing": "interrupted"} for label in left]
+                _write(results, out)
+                raise
+            _write(results, out)  # after every part, as a later one may fail
     if out is not None:
         partial_file(out).replace(out)
 
@@ -93,36 +179,14 @@ def is_measured(results: dict[str, Any]) -> bool:
     return any("missing" not in record for part in parts for record in part)
 
 
-def apart(job: Callable[[], Any]) -> Any:
+def apart(job: Job, env: dict[str, str] | None = None, seconds: float | None = None) -> list[Any]:
     """What a job finds in a process that nothing has run in.
 
     A compiler leaves a heap in pieces: steps over 1000 tensors, whose objects are found far from
     each other, then take up to twice their time. So an earlier job would decide about a later one.
     """
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_found, job).result()
-
-
-def _found(job: Callable[[], Any]) -> Any:
-    found = job()
-    return list(found) if isinstance(found, Iterator) else found
-
-
-@contextmanager
-def _at_most(seconds: float | None) -> Iterator[None]:
-    def stop(*_: Any) -> None:
-        raise TimeIsUp
-
-    if seconds is None:
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again and again: a handler may swallow it
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    with Child(env) as child:
+        return list(child(job, None if seconds is None else monotonic() + seconds))
 
 
 def _progress(title: str, labels: list[str]) -> Iterator[str]:
@@ -191,17 +255,6 @@ def _nvidia_smi(identity: str) -> dict[str, str]:
         return {}
     values = done.stdout.strip().split(", ")
     return dict(zip(CLOCKS, values, strict=True)) if len(values) == len(CLOCKS) else {}
-
-
-def child(module: str, *arguments: str, env: dict[str, str], seconds: float = 300) -> Any:
-    """What a module that is run in a fresh process prints in its last line."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, "--one", *arguments],
-        env=env, cwd=ROOT, capture_output=True, text=True, timeout=seconds,
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def accelerator() -> torch.device | None:
