@@ -1,4 +1,4 @@
-"""The plots of the README, drawn from results."""
+"""The plots of perf/README.md, drawn from results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from perf.tables import GONE
 
 Results = dict[str, Any]
 OPTIMIZERS = ("RMSprop", "Rprop")
@@ -63,7 +65,8 @@ def _count(axes: Any, results: Results, optimizer: str) -> None:
 
 
 def _compile(axes: Any, results: Results, optimizer: str) -> None:
-    _lines(axes, results["compile"], optimizer, lambda r: r["tensors"],
+    records = [r for r in results["compile"] if r.get("implementation") not in GONE]
+    _lines(axes, records, optimizer, lambda r: r["tensors"],
            lambda r: r["first_step_s"])  # fmt: skip
     axes.set(xlabel="parameters", ylabel="first step, s")
 

@@ -1,4 +1,4 @@
-"""Results as tables of the README."""
+"""Results as tables of perf/README.md, and the short one of the README."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 Results = dict[str, Any]
+GONE = ("torch.compile(step)",)  # no more an entrance, but measured once
 OURS = ("tritonopt", "compile()", "tritonopt, replayed")  # whose part of the floor is shown
 
 
@@ -22,13 +23,13 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def machine(results: Results) -> str:
+def machine(results: Results, with_bandwidth: bool = True) -> str:
     found = results["machine"]
     texts = [found["device"]]
     texts += [f"driver {found['driver_version']}"] if "driver_version" in found else []
     timed = [r for part in ("steps", "curve", "counts") for r in results.get(part, [])]
     rates = [r["bandwidth_bytes_per_s"] for r in timed if _is_measured(r)]
-    if rates:
+    if rates and with_bandwidth:
         kind = "device copy" if "cuda" in found else "in-place triad"
         ends = dict.fromkeys(f"{rate / 1e9:,.1f}" for rate in (min(rates), max(rates)))
         texts.append(f"{kind} {' to '.join(ends)} GB/s")
@@ -74,6 +75,29 @@ def steps(results: Results, clock: str = "wall_us", part: str = "steps") -> str:
             rows.append([workload, *cells, faster, *floors])
         tables.append(grid(head, rows, []))
     return "\n\n".join(filter(None, [*tables, _reasons(results[part])]))
+
+
+SHORT = (
+    ("1000 x 64", "ResNet-50", "GPT-2 124M", "LSTM"),
+    ("for-loop", "foreach", "compiled", "tritonopt", "compile()"),
+)
+
+
+def summary(results: Results) -> str:
+    """Medians of few steps, and where they were measured."""
+    workloads, names = SHORT
+    by_key = {
+        (r["optimizer"], r["workload"], r["implementation"]): r
+        for r in filter(_is_measured, results["steps"])
+        if "job" not in r
+    }
+    rows = [
+        [f"{optimizer}, {workload}",
+         *(_time(by_key.get((optimizer, workload, name)), "wall_us", False) for name in names)]
+        for optimizer in ("RMSprop", "Rprop")
+        for workload in workloads
+    ]  # fmt: skip
+    return f"{grid(['ms per step', *names], rows, [])}\n\n{machine(results, with_bandwidth=False)}"
 
 
 def _floor(record: dict[str, Any] | None) -> str:
@@ -129,7 +153,7 @@ def host(results: Results) -> str:
 
 def compile_time(results: Results) -> str:
     """Seconds to the first step, and graphs over all steps."""
-    records = results["compile"]
+    records = [r for r in results["compile"] if r.get("implementation") not in GONE]
     names = list(dict.fromkeys(r["optimizer"] for r in records if "job" not in r))
     rows: dict[tuple[str, int], list[str]] = {}
     for record in records:
