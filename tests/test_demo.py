@@ -43,6 +43,7 @@ def test_both_optimizers(device, capsys):
     assert all(cell.endswith("x") for cell in table["ratio to tritonopt"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(path(torch.device("cpu"))[0] != "eager", reason="rounds differently")
 def test_cpu_trainings_are_independent_and_agree_to_the_last_bit(capsys):
     assert main(["--device", "cpu", "--steps", "20"]) == 0
@@ -53,6 +54,7 @@ def test_cpu_trainings_are_independent_and_agree_to_the_last_bit(capsys):
     assert "Each network has its own gradients." in output
 
 
+@pytest.mark.slow
 def test_it_learns_and_a_seed_decides_everything():
     from tritonopt import demo
 
@@ -66,6 +68,7 @@ def test_it_learns_and_a_seed_decides_everything():
     assert results[0].accuracies["tritonopt"] > 0.5  # of ten digits
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
 def test_interpreted_kernels():
     done = run("--device", "cpu", "--steps", "2", TRITON_INTERPRET="1")
@@ -95,12 +98,14 @@ def test_exit_code_1_if_the_training_differs(name, wrong, device, monkeypatch, c
     assert f"{name}: DIFFERS from torch's" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_exit_code_1_if_only_the_first_differs(monkeypatch):
     twice = functools.partial(tritonopt.RMSprop, momentum=0.1)
     monkeypatch.setattr(tritonopt, "RMSprop", twice)
     assert main(["--device", "cpu", "--steps", "3"]) == 1
 
 
+@pytest.mark.slow
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     file = tmp_path / "losses.png"
@@ -151,6 +156,7 @@ def test_matplotlib_is_needed_for_the_plot_alone(monkeypatch):
     assert main(["--device", "cpu", "--optimizer", "rprop", "--steps", "1"]) == 0
 
 
+@pytest.mark.slow
 def test_as_a_module():
     done = run("--device", "cpu", "--optimizer", "rmsprop", "--steps", "2")
     assert done.returncode == 0, done.stdout + done.stderr
