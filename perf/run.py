@@ -26,7 +26,7 @@ from unittest.mock import patch
 import torch
 
 from perf.implementations import Missing, reason
-from perf.timing import bandwidth
+from perf.timing import bandwidth, release
 
 ROOT = Path(__file__).parent.parent
 Job = Callable[[], Iterable[Any]]  # can be pickled where it runs in another process
@@ -137,8 +137,8 @@ def run(parts: dict[str, Part], results: dict[str, Any], out: Path | None = None
             left = list(part.jobs)
             until = None if part.seconds is None else monotonic() + part.seconds
             try:
-                for label in _progress(name, list(part.jobs)):
-                    job = part.jobs[label]
+                for number, (label, job) in enumerate(part.jobs.items(), 1):
+                    print(f"{name} {number}/{len(part.jobs)}: {label}", flush=True)
                     try:
                         if part.apart:
                             child.end()
@@ -189,26 +189,6 @@ def apart(job: Job, env: dict[str, str] | None = None, seconds: float | None = N
         return list(child(job, None if seconds is None else monotonic() + seconds))
 
 
-def _progress(title: str, labels: list[str]) -> Iterator[str]:
-    try:
-        if not sys.stdout.isatty():  # a log
-            raise ImportError
-        from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    except ImportError:
-        for number, label in enumerate(labels, 1):
-            print(f"{title} {number}/{len(labels)}: {label}", flush=True)
-            yield label
-        return
-    columns = (MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, auto_refresh=False) as progress:  # no thread: we time
-        task = progress.add_task(title, total=len(labels))
-        for label in labels:
-            progress.update(task, description=f"{title}: {label}", refresh=True)
-            yield label
-            progress.update(task, advance=1)
-        progress.update(task, description=title, refresh=True)
-
-
 def machine(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {
         "device": _cpu_name(), "threads": torch.get_num_threads(), "os": platform.system(),
@@ -229,7 +209,8 @@ def _clocks(device: torch.device, identity: str) -> dict[str, str]:
         asked = pool.submit(_nvidia_smi, identity)
         while not asked.done():
             bandwidth(device)
-        return asked.result()
+    release(device)  # another process measures
+    return asked.result()
 
 
 def _cpu_name() -> str:

@@ -179,7 +179,7 @@ def tune(results: Results) -> str:
     rows = []
     for key in dict.fromkeys((r["workload"], r["optimizer"], r["dtype"]) for r in records):
         same = [r for r in records if (r["workload"], r["optimizer"], r["dtype"]) == key]
-        rates = {_tiling(r): r["least_bytes"] / _taken(r) / 1e3 for r in same}
+        rates = {_tiling(r): r["least_bytes"] / taken(r) / 1e3 for r in same}
         best = max(rates, key=lambda tiling: rates[tiling])
         ours = [figure(rates[_tiling(r)]) for r in same if r["is_ours"]] or ["-"]
         rows.append([*key, f"{best[0]} / {best[1]}", figure(rates[best]), *ours])
@@ -191,7 +191,7 @@ def _tiling(record: dict[str, Any]) -> tuple[int, int]:
     return record["block"], record["threads"]
 
 
-def _taken(record: dict[str, Any]) -> float:
+def taken(record: dict[str, Any]) -> float:
     return float((record["device_us"] or record["wall_us"])["median"])
 
 

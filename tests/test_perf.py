@@ -213,8 +213,7 @@ def test_a_process_that_is_ended_takes_along_what_it_started(tmp_path):
         assert reader.read() == ""  # nobody will write any more
 
 
-def test_progress_without_rich(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "rich.progress", None)
+def test_progress(capsys):
     run.run({"part": run.Part({"one": list, "two": list})}, {})
     assert capsys.readouterr().out == "part 1/2: one\npart 2/2: two\n"
 
