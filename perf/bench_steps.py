@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from perf.child import apart
 from perf.implementations import COMPILED_UP_TO, IMPLEMENTATIONS, Missing, Workload
-from perf.run import apart
 from perf.steps import TOLD, Measured, figures, measure
 from perf.workloads import CURVE, WORKLOADS
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from perf import run
+from perf.child import TimeIsUp, apart
 from perf.implementations import IMPLEMENTATIONS, Missing, Workload
 from perf.timing import synchronize
 
@@ -54,8 +55,8 @@ def records(entrance: str, workload: Workload, seconds: float) -> Iterator[dict[
         env = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_CACHE_DIR": folder,
                "TRITON_CACHE_DIR": folder}  # fmt: skip
         try:
-            (found,) = run.apart(partial(compile_time, entrance, workload), env, seconds)
-        except run.TimeIsUp:
+            (found,) = apart(partial(compile_time, entrance, workload), env, seconds)
+        except TimeIsUp:
             found = {"missing": f"not compiled after {seconds:.0f} s"}
         except Missing as why:
             found = {"missing": str(why)}

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from perf import run
+from perf.child import apart
 from perf.implementations import IMPLEMENTATIONS, Workload
 from perf.timing import synchronize
 
@@ -63,7 +64,7 @@ def host(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
 
 def records(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
     interpret = {"TRITON_INTERPRET": "1"} if device.type == "cpu" else {}
-    yield from run.apart(partial(host, name, device), interpret)
+    yield from apart(partial(host, name, device), interpret)
 
 
 def jobs(device: torch.device, quick: bool) -> run.Jobs:

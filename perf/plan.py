@@ -11,7 +11,8 @@ import torch
 
 from perf import compile_time, host, memory, steps, tune, variants
 from perf.implementations import COMPILED_UP_TO, IMPLEMENTATIONS
-from perf.run import INTERRUPTED, Jobs, Part, folder, is_measured, machine, partial_file, run
+from perf.machine import machine
+from perf.run import INTERRUPTED, Jobs, Part, folder, is_measured, partial_file, run
 from perf.tables import tables
 from perf.workloads import COUNTS, QUICK, SIZES, WORKLOADS, Shape
 

@@ -27,7 +27,9 @@ perf = sys.modules.setdefault("perf", types.ModuleType("perf"))
 perf.__path__ = [str(ROOT / "perf")]  # ROOT in sys.path would hide Hugging Face's `kernels`
 
 from perf import (
+    child,
     compile_time,
+    machine,
     memory,
     plan,
     plots,
@@ -167,7 +169,8 @@ def test_parts_end_in_time_and_keep_what_they_found(tmp_path, monkeypatch):
     """The clock strikes when the first record is there, while the job waits for ever."""
     results = {}
     forever = job("(__import__('threading').Event().wait() if n else {'found': 1} for n in (0, 1))")
-    monkeypatch.setattr(run, "monotonic", lambda: 1e6 if results["late"] else 0.0)
+    for module in (run, child):
+        monkeypatch.setattr(module, "monotonic", lambda: 1e6 if results["late"] else 0.0)
     parts = {
         "late": run.Part({"first": forever, "second": forever}, seconds=1000),
         "broken": run.Part({"job": job("1 / 0"), "next": job("[{'found': 2}]")}),
@@ -204,8 +207,8 @@ def test_a_process_that_is_ended_takes_along_what_it_started(tmp_path):
     code = f"import time; p = open({str(pipe)!r}, 'w', 1); print(1, file=p)\n"
     code += "time.sleep(100); print(2, file=p)"
     start = f"__import__('subprocess').run([{sys.executable!r}, '-c', {code!r}])"
-    with run.Child() as child:
-        found = child(job(f"({start} if n else n for n in (0, 1))"))
+    with child.Child() as process:
+        found = process(job(f"({start} if n else n for n in (0, 1))"))
         assert next(found) == 0
         reader = pipe.open()  # waits for who writes
         assert reader.readline() == "1\n"
@@ -242,7 +245,7 @@ def test_without_a_gpu(monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["meta", "no"])
 def test_devices_that_cannot_be_measured(name):
     with pytest.raises(argparse.ArgumentTypeError, match=f"'{name}' is no"):
-        run.usable_device(name)
+        machine.usable_device(name)
 
 
 def test_a_folder_that_is_a_file(tmp_path, capsys):
