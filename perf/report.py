@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from perf import plots
-from perf.tables import TABLES, summary, tables
+from perf.tables import table, tables
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- perf:(\w+) (\w+) -->\n).*?(<!-- /perf -->)", re.S)
@@ -43,10 +43,8 @@ def block(file: Path, part: str) -> Iterator[str]:
     results = read(file)
     if part == "all":
         yield from tables(results)
-    elif part == "summary" and "steps" in results:
-        yield summary(results)
-    elif part in results:
-        yield TABLES[part](results)
+    elif part != "plots":
+        yield table(results, part)
     if part in ("all", "plots"):
         yield "\n".join(f"![{n}](results/{n}.png)" for n in plots.names(file.stem, results))
 
@@ -58,7 +56,7 @@ def fill(text: str, folder: Path) -> str:
 
     def replace(match: re.Match[str]) -> str:
         files = [cpu] if match[2] == "cpu" else others
-        texts = [text for file in files for text in block(file, match[3])]
+        texts = [text for file in files for text in block(file, match[3]) if text]
         lacking = "Not measured on a GPU yet." if match[2] == "gpu" else "Not measured."
         body = "\n\n".join(texts) or lacking
         return f"{match[1]}\n{body}\n\n{match[4]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 Results = dict[str, Any]
@@ -89,7 +90,6 @@ def summary(results: Results) -> str:
     by_key = {
         (r["optimizer"], r["workload"], r["implementation"]): r
         for r in filter(_is_measured, results["steps"])
-        if "job" not in r
     }
     rows = [
         [f"{optimizer}, {workload}",
@@ -195,38 +195,33 @@ def taken(record: dict[str, Any]) -> float:
     return float((record["device_us"] or record["wall_us"])["median"])
 
 
-TABLES: dict[str, Callable[[Results], str]] = {
-    "machine": machine,
-    "steps": steps,
-    "device_steps": lambda results: steps(results, "device_us"),
-    "host_steps": lambda results: steps(results, "host_us"),
-    "curve": lambda results: steps(results, part="curve"),
-    "counts": lambda results: steps(results, part="counts"),
-    "memory": memory,
-    "host": host,
-    "compile": compile_time,
-    "variants": variants,
-    "tune": tune,
-}
-TITLES = {
-    "steps": "Milliseconds until the device has done a step",
-    "device_steps": "Milliseconds of the kernels alone",
-    "host_steps": "Milliseconds until `step()` returns",
-    "curve": "Milliseconds of a step over one parameter",
-    "counts": "Milliseconds of a step over parameters of 64 elements",
-    "memory": "Bytes per element: of state, and of what a step needs; and what else is kept",
-    "host": "What the host does, the launch left out",
-    "compile": "Seconds to the first step, and graphs in 50 steps",
-    "variants": "The loss after 100 epochs",
-    "tune": "The fastest grids, beside the library's",
-}
+TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
+    "machine": ("", machine),
+    "steps": ("Milliseconds until the device has done a step", steps),
+    "device_steps": ("Milliseconds of the kernels alone", partial(steps, clock="device_us")),
+    "host_steps": ("Milliseconds until `step()` returns", partial(steps, clock="host_us")),
+    "curve": ("Milliseconds of a step over one parameter", partial(steps, part="curve")),
+    "counts": ("Milliseconds of a step over parameters of 64 elements",
+               partial(steps, part="counts")),
+    "memory": ("Bytes per element: of state, and of what a step needs; and what else is kept",
+               memory),
+    "host": ("What the host does, the launch left out", host),
+    "compile": ("Seconds to the first step, and graphs in 50 steps", compile_time),
+    "variants": ("The loss after 100 epochs", variants),
+    "tune": ("The fastest grids, beside the library's", tune),
+    "summary": ("", summary),
+}  # fmt: skip
+
+
+def table(results: Results, name: str) -> str:
+    """Of a part; empty where there are no figures for it."""
+    timed = name == "summary" or (name.endswith("_steps") and "cuda" in results["machine"])
+    known = name in results or (timed and "steps" in results)
+    return TABLES[name][1](results) if known else ""
 
 
 def tables(results: Results) -> Iterator[str]:
     """All that there are figures for, with titles."""
-    clocks = {"device_steps", "host_steps"} if "cuda" in results["machine"] else set()
-    for name, table in TABLES.items():
-        if name in results or (name in clocks and "steps" in results):
-            if name in TITLES:
-                yield f"{TITLES[name]}:"
-            yield table(results)
+    for name, (title, _) in TABLES.items():
+        if name != "summary" and (found := table(results, name)):
+            yield from filter(None, [title and f"{title}:", found])

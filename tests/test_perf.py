@@ -446,11 +446,11 @@ def test_what_is_missing_is_neither_drawn_nor_tabulated(tmp_path):
     results = {"machine": {}, "compile": [found, late], "host": [late]}
     plots.draw("some", results, tmp_path)
     assert (tmp_path / "some-compile.png").exists()
-    table = tables.TABLES["compile"](results).splitlines()
+    table = tables.table(results, "compile").splitlines()
     assert not run.is_measured({"host": [late]}) and run.is_measured(results)
     assert table[2] == "| foreach | 50 | 1.5 s, 2 |"
     assert table[-1] == "Not measured: Rprop, foreach, 50: no time was left."
-    assert tables.TABLES["host"](results) == table[-1]
+    assert tables.table(results, "host") == table[-1]
 
 
 def test_every_file_of_results_is_shown(tmp_path):
