@@ -16,6 +16,7 @@ import torch
 from perf.child import Child, Job, TimeIsUp
 from perf.implementations import reason
 from perf.machine import accelerator, machine, usable_device
+from perf.tables import tables
 
 Jobs = dict[str, Job]
 
@@ -59,16 +60,28 @@ def run(parts: dict[str, Part], results: dict[str, Any], out: Path | None = None
                 raise
             _write(results, out)  # after every part, as a later one may fail
     if out is not None:
-        partial_file(out).replace(out)
+        _partial(out).replace(out)
+
+
+def run_and_print(parts: dict[str, Part], results: dict[str, Any], out: Path | None = None) -> int:
+    """The exit code. What was found before an interruption is printed, too."""
+    try:
+        run(parts, results, out)
+    except KeyboardInterrupt:
+        kept = f": {_partial(out)} has what was found" if out else ""
+        print(*tables(results), f"Interrupted{kept}.", sep="\n\n")
+        return INTERRUPTED
+    print(*tables(results), sep="\n\n")
+    return 0 if is_measured(results) else 1
 
 
 def _write(results: dict[str, Any], out: Path | None) -> None:
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        partial_file(out).write_text(json.dumps(results, indent=1) + "\n")
+        _partial(out).write_text(json.dumps(results, indent=1) + "\n")
 
 
-def partial_file(out: Path) -> Path:
+def _partial(out: Path) -> Path:
     """Of a run that has not ended."""
     return out.with_name(f"{out.name}.partial")
 
@@ -88,9 +101,7 @@ def folder(name: str) -> Path:
 
 
 def script(part: str, jobs: Callable[[torch.device, bool], Jobs]) -> int:
-    """The command of one part, which prints its table."""
-    from perf.tables import tables
-
+    """The command of one part."""
     parser = argparse.ArgumentParser(
         description=sys.modules["__main__"].__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -99,10 +110,4 @@ def script(part: str, jobs: Callable[[torch.device, bool], Jobs]) -> int:
     parser.add_argument("--device", type=usable_device, default=accelerator() or "cpu")
     arguments = parser.parse_args()
     results = {"machine": machine(arguments.device), "quick": arguments.quick}
-    try:
-        run({part: Part(jobs(arguments.device, arguments.quick))}, results)
-    except KeyboardInterrupt:
-        print(*tables(results), "Interrupted.", sep="\n\n")
-        return INTERRUPTED
-    print(*tables(results), sep="\n\n")
-    return 0 if is_measured(results) else 1
+    return run_and_print({part: Part(jobs(arguments.device, arguments.quick))}, results)
