@@ -7,14 +7,15 @@ anything was not measured, stand at the end.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache, partial
 from typing import Any
 
 import pytest
 import torch
 
+from perf.child import apart
 from perf.implementations import COMPILED_UP_TO, IMPLEMENTATIONS, Missing, Workload
-from perf.run import apart
 from perf.steps import TOLD, Measured, figures, measure
 from perf.workloads import CURVE, WORKLOADS
 
@@ -37,13 +38,18 @@ class Replay:
 replay = Replay()
 
 
+def measure_alone(*arguments: Any) -> Iterator[Measured]:
+    yield measure(*arguments)
+
+
 @lru_cache(maxsize=1)  # the implementations of one table come one after the other
 def measured(
     workload: Workload, names: tuple[str, ...], up_to: int | None, seconds: float
 ) -> Measured:
     limits = COMPILED_UP_TO if up_to is None else dict.fromkeys(COMPILED_UP_TO, up_to)
     try:
-        return apart(partial(measure, workload, names, limits, seconds))
+        (found,) = apart(partial(measure_alone, workload, names, limits, seconds))
+        return found
     except Missing as why:
         return Measured({}, dict.fromkeys(names, str(why)), 0.0)
 

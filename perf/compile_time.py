@@ -6,9 +6,6 @@ figure, with Inductor's and triton's caches off.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +16,8 @@ from typing import Any
 import torch
 
 from perf import run
-from perf.implementations import IMPLEMENTATIONS, TRACED, Workload
+from perf.child import TimeIsUp, apart
+from perf.implementations import IMPLEMENTATIONS, Missing, Workload
 from perf.timing import synchronize
 
 # As torch's documentation advises: a stock step is compiled anew for each float `lr`.
@@ -28,15 +26,13 @@ ENTRANCES = {
     "compile()": IMPLEMENTATIONS["compile()"],
     "compiled": TENSOR_LR,
     "backend": IMPLEMENTATIONS["backend"],
-    "torch.compile(step)": TRACED,
 }
 COUNTS = (50, 200, 1000)
 STEPS = 50
 
 
-def compile_time(entrance: str, configuration: str, count: int, device: str) -> dict[str, Any]:
+def compile_time(entrance: str, workload: Workload) -> Iterator[dict[str, Any]]:
     """In a process that has compiled nothing yet."""
-    workload = Workload(configuration, [(64,)] * count, torch.device(device))
     implementation = ENTRANCES[entrance]
     optimizer = workload.build(implementation)
     step = implementation.start(optimizer)
@@ -51,26 +47,21 @@ def compile_time(entrance: str, configuration: str, count: int, device: str) -> 
     synchronize(workload.device)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     total = time.perf_counter() - begin
-    return {"first_step_s": first, "all_steps_s": total, "graphs": graphs}
+    yield {"first_step_s": first, "all_steps_s": total, "graphs": graphs}
 
 
-def records(
-    entrance: str, configuration: str, count: int, device: torch.device, seconds: float
-) -> Iterator[dict[str, Any]]:
-    record = {"implementation": entrance, "optimizer": configuration, "tensors": count}
+def records(entrance: str, workload: Workload, seconds: float) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        env = {
-            **os.environ, "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
-            "TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": folder,
-        }  # fmt: skip
-        arguments = (entrance, configuration, str(count), device.type)
+        env = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_CACHE_DIR": folder,
+               "TRITON_CACHE_DIR": folder}  # fmt: skip
         try:
-            found = run.child("perf.compile_time", *arguments, env=env, seconds=seconds)
-        except subprocess.TimeoutExpired:
+            (found,) = apart(partial(compile_time, entrance, workload), env, seconds)
+        except TimeIsUp:
             found = {"missing": f"not compiled after {seconds:.0f} s"}
-        except RuntimeError as why:
+        except Missing as why:
             found = {"missing": str(why)}
-    yield {**record, **found}
+    yield {"implementation": entrance, "optimizer": workload.configuration,
+           "tensors": len(workload.shapes), **found}  # fmt: skip
 
 
 def jobs(
@@ -81,7 +72,7 @@ def jobs(
 ) -> run.Jobs:
     return {
         f"{configuration}, {entrance}, {count}": partial(
-            records, entrance, configuration, count, device, seconds
+            records, entrance, Workload(configuration, [(64,)] * count, device), seconds
         )
         for count in ((20,) if quick else counts)
         for entrance in ENTRANCES
@@ -90,8 +81,4 @@ def jobs(
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--one"]:
-        entrance, configuration, count, device = sys.argv[2:]
-        print(json.dumps(compile_time(entrance, configuration, int(count), device)))
-    else:
-        sys.exit(run.script("compile", jobs))
+    sys.exit(run.script("compile", jobs))

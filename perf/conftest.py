@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from perf.run import accelerator, machine, usable_device
+from perf.machine import accelerator, machine, usable_device
 from perf.steps import TOLD
 from perf.tables import tables
 from perf.workloads import CURVE, QUICK, WORKLOADS

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from perf import plan
-from perf.run import accelerator, usable_device
+from perf.machine import accelerator, usable_device
 
 if __name__ == "__main__":
     parser = plan.parser(__doc__, gpu=True)

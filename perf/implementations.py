@@ -12,8 +12,8 @@ import torch
 from torch.optim import Optimizer
 
 from perf.workloads import Shape
-from tritonopt.backend import tritonopt as backend
 
+CPU = torch.device("cpu")
 Step = Callable[[], Any]
 
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -28,6 +28,12 @@ COMPILED_UP_TO = {"compiled": 1000, "backend": 1000}
 
 class Missing(Exception):
     """Why an implementation cannot be measured."""
+
+
+def reason(error: Exception) -> str:
+    """In one line."""
+    text = str(error) if isinstance(error, Missing) else f"{type(error).__name__}: {error}"
+    return text.splitlines()[0]
 
 
 class Workload(NamedTuple):
@@ -47,10 +53,12 @@ class Workload(NamedTuple):
 
     @property
     def least_bytes(self) -> int:
-        """What any step must move: the library's own count."""
-        one = self._replace(shapes=[(1,)], device=torch.device("cpu"), grads=())
-        (bucket,) = one.build(IMPLEMENTATIONS["tritonopt"])._layouts[0].buckets
-        return self.elements * bucket.bytes_per_element
+        """What any step must move: parameter and state read and written, the gradient read."""
+        optimizer = self._replace(shapes=[(1,)], device=CPU, grads=()).build(FOR_LOOP)
+        optimizer.step()
+        (state,) = optimizer.state.values()
+        states = [state[key] for key in state if key != "step"]
+        return self.elements * (3 * self.dtype.itemsize + 2 * sum(t.itemsize for t in states))
 
     def build(self, implementation: Implementation) -> Any:
         """An optimizer over parameters of its own, which have gradients."""
@@ -96,7 +104,7 @@ def _compile(optimizer: Any) -> Step:
 
 
 def _backend(optimizer: Optimizer) -> Step:
-    return torch.compile(optimizer.step, backend=backend)
+    return torch.compile(optimizer.step, backend="tritonopt")
 
 
 def _replayed(optimizer: Optimizer) -> Step:
@@ -115,8 +123,9 @@ def _replayed(optimizer: Optimizer) -> Step:
     return replay
 
 
+FOR_LOOP = Implementation("torch.optim", _eager, {"foreach": False})
 IMPLEMENTATIONS = {
-    "for-loop": Implementation("torch.optim", _eager, {"foreach": False}),
+    "for-loop": FOR_LOOP,
     "foreach": Implementation("torch.optim", _eager, {"foreach": True}),
     "compiled": Implementation("torch.optim", _traced),
     "tritonopt": Implementation("tritonopt", _eager),
@@ -132,7 +141,6 @@ IMPLEMENTATIONS = {
         "bitsandbytes.optim", _eager, {"optim_bits": 32}, needs_gpu=True
     ),
 }
-TRACED = Implementation("tritonopt", _traced)
 
 
 def start(
@@ -151,9 +159,7 @@ def start(
                 raise Missing(f"not compiled for over {limit} parameters (see --compiled-up-to)")
             steps[name] = IMPLEMENTATIONS[name].step(workload)
             steps[name]()
-        except Missing as why:
-            missing[name] = str(why)
         except Exception as error:
             steps.pop(name, None)
-            missing[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            missing[name] = reason(error)
     return steps, missing

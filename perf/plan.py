@@ -11,8 +11,8 @@ import torch
 
 from perf import compile_time, host, memory, steps, tune, variants
 from perf.implementations import COMPILED_UP_TO, IMPLEMENTATIONS
-from perf.run import INTERRUPTED, Jobs, Part, folder, is_measured, machine, partial_file, run
-from perf.tables import tables
+from perf.machine import machine
+from perf.run import Jobs, Part, folder, run_and_print
 from perf.workloads import COUNTS, QUICK, SIZES, WORKLOADS, Shape
 
 Shapes = dict[str, list[Shape]]
@@ -37,7 +37,7 @@ GPU = Effort(  # what takes longest comes last, and may not be reached
 )  # fmt: skip
 QUICKLY = Effort(
     0.3, dict.fromkeys(("compiled", "compile()", "backend"), 0), (20,), 25,
-    {"steps": 24, "curve": 8, "counts": 6, "memory": 14, "host": 14, "compile": 36, "tune": 6,
+    {"steps": 24, "curve": 10, "counts": 9, "memory": 14, "host": 14, "compile": 30, "tune": 7,
      "variants": 16},
 )  # fmt: skip
 
@@ -84,14 +84,7 @@ def main(device: torch.device, gpu: bool, options: argparse.Namespace) -> int:
         print(f"{out} has {lost}, of another run: name another folder")
         return 2
     results: dict[str, Any] = {"machine": found, "quick": options.quick}
-    try:
-        run(plan(device, gpu, options), results, out)
-    except KeyboardInterrupt:
-        kept = f": {partial_file(out)} has what was found" if out else ""
-        print(*tables(results), f"Interrupted{kept}.", sep="\n\n")
-        return INTERRUPTED
-    print(*tables(results), sep="\n\n")
-    return 0 if is_measured(results) else 1
+    return run_and_print(plan(device, gpu, options), results, out)
 
 
 def _lost(out: Path | None, options: argparse.Namespace) -> str:
@@ -113,14 +106,8 @@ def parser(description: str | None, gpu: bool) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--out", type=folder, help="a folder for the results as JSON")
     made.add_argument("--quick", action="store_true", help="under two minutes")
-    made.add_argument(
-        "--only",
-        nargs="+",
-        choices=parts,
-        default=parts,
-        metavar="PART",
-        help=f"of {', '.join(parts)}",
-    )
+    made.add_argument("--only", nargs="+", choices=parts, default=parts, metavar="PART",
+                      help=f"of {', '.join(parts)}")  # fmt: skip
     made.add_argument(
         "--implementations",
         nargs="+",

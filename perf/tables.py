@@ -1,11 +1,13 @@
-"""Results as tables of the README."""
+"""Results as tables of perf/README.md, and the short one of the README."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 Results = dict[str, Any]
+GONE = ("torch.compile(step)",)  # no more an entrance, but measured once
 OURS = ("tritonopt", "compile()", "tritonopt, replayed")  # whose part of the floor is shown
 
 
@@ -22,13 +24,13 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def machine(results: Results) -> str:
+def machine(results: Results, with_bandwidth: bool = True) -> str:
     found = results["machine"]
     texts = [found["device"]]
     texts += [f"driver {found['driver_version']}"] if "driver_version" in found else []
     timed = [r for part in ("steps", "curve", "counts") for r in results.get(part, [])]
     rates = [r["bandwidth_bytes_per_s"] for r in timed if _is_measured(r)]
-    if rates:
+    if rates and with_bandwidth:
         kind = "device copy" if "cuda" in found else "in-place triad"
         ends = dict.fromkeys(f"{rate / 1e9:,.1f}" for rate in (min(rates), max(rates)))
         texts.append(f"{kind} {' to '.join(ends)} GB/s")
@@ -74,6 +76,28 @@ def steps(results: Results, clock: str = "wall_us", part: str = "steps") -> str:
             rows.append([workload, *cells, faster, *floors])
         tables.append(grid(head, rows, []))
     return "\n\n".join(filter(None, [*tables, _reasons(results[part])]))
+
+
+SHORT = (
+    ("1000 x 64", "ResNet-50", "GPT-2 124M", "LSTM"),
+    ("for-loop", "foreach", "compiled", "tritonopt", "compile()"),
+)
+
+
+def summary(results: Results) -> str:
+    """Medians of few steps, and where they were measured."""
+    workloads, names = SHORT
+    by_key = {
+        (r["optimizer"], r["workload"], r["implementation"]): r
+        for r in filter(_is_measured, results["steps"])
+    }
+    rows = [
+        [f"{optimizer}, {workload}",
+         *(_time(by_key.get((optimizer, workload, name)), "wall_us", False) for name in names)]
+        for optimizer in ("RMSprop", "Rprop")
+        for workload in workloads
+    ]  # fmt: skip
+    return f"{grid(['ms per step', *names], rows, [])}\n\n{machine(results, with_bandwidth=False)}"
 
 
 def _floor(record: dict[str, Any] | None) -> str:
@@ -129,7 +153,7 @@ def host(results: Results) -> str:
 
 def compile_time(results: Results) -> str:
     """Seconds to the first step, and graphs over all steps."""
-    records = results["compile"]
+    records = [r for r in results["compile"] if r.get("implementation") not in GONE]
     names = list(dict.fromkeys(r["optimizer"] for r in records if "job" not in r))
     rows: dict[tuple[str, int], list[str]] = {}
     for record in records:
@@ -155,7 +179,7 @@ def tune(results: Results) -> str:
     rows = []
     for key in dict.fromkeys((r["workload"], r["optimizer"], r["dtype"]) for r in records):
         same = [r for r in records if (r["workload"], r["optimizer"], r["dtype"]) == key]
-        rates = {_tiling(r): r["least_bytes"] / _taken(r) / 1e3 for r in same}
+        rates = {_tiling(r): r["least_bytes"] / taken(r) / 1e3 for r in same}
         best = max(rates, key=lambda tiling: rates[tiling])
         ours = [figure(rates[_tiling(r)]) for r in same if r["is_ours"]] or ["-"]
         rows.append([*key, f"{best[0]} / {best[1]}", figure(rates[best]), *ours])
@@ -167,42 +191,37 @@ def _tiling(record: dict[str, Any]) -> tuple[int, int]:
     return record["block"], record["threads"]
 
 
-def _taken(record: dict[str, Any]) -> float:
+def taken(record: dict[str, Any]) -> float:
     return float((record["device_us"] or record["wall_us"])["median"])
 
 
-TABLES: dict[str, Callable[[Results], str]] = {
-    "machine": machine,
-    "steps": steps,
-    "device_steps": lambda results: steps(results, "device_us"),
-    "host_steps": lambda results: steps(results, "host_us"),
-    "curve": lambda results: steps(results, part="curve"),
-    "counts": lambda results: steps(results, part="counts"),
-    "memory": memory,
-    "host": host,
-    "compile": compile_time,
-    "variants": variants,
-    "tune": tune,
-}
-TITLES = {
-    "steps": "Milliseconds until the device has done a step",
-    "device_steps": "Milliseconds of the kernels alone",
-    "host_steps": "Milliseconds until `step()` returns",
-    "curve": "Milliseconds of a step over one parameter",
-    "counts": "Milliseconds of a step over parameters of 64 elements",
-    "memory": "Bytes per element: of state, and of what a step needs; and what else is kept",
-    "host": "What the host does, the launch left out",
-    "compile": "Seconds to the first step, and graphs in 50 steps",
-    "variants": "The loss after 100 epochs",
-    "tune": "The fastest grids, beside the library's",
-}
+TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
+    "machine": ("", machine),
+    "steps": ("Milliseconds until the device has done a step", steps),
+    "device_steps": ("Milliseconds of the kernels alone", partial(steps, clock="device_us")),
+    "host_steps": ("Milliseconds until `step()` returns", partial(steps, clock="host_us")),
+    "curve": ("Milliseconds of a step over one parameter", partial(steps, part="curve")),
+    "counts": ("Milliseconds of a step over parameters of 64 elements",
+               partial(steps, part="counts")),
+    "memory": ("Bytes per element: of state, and of what a step needs; and what else is kept",
+               memory),
+    "host": ("What the host does, the launch left out", host),
+    "compile": ("Seconds to the first step, and graphs in 50 steps", compile_time),
+    "variants": ("The loss after 100 epochs", variants),
+    "tune": ("The fastest grids, beside the library's", tune),
+    "summary": ("", summary),
+}  # fmt: skip
+
+
+def table(results: Results, name: str) -> str:
+    """Of a part; empty where there are no figures for it."""
+    timed = name == "summary" or (name.endswith("_steps") and "cuda" in results["machine"])
+    known = name in results or (timed and "steps" in results)
+    return TABLES[name][1](results) if known else ""
 
 
 def tables(results: Results) -> Iterator[str]:
     """All that there are figures for, with titles."""
-    clocks = {"device_steps", "host_steps"} if "cuda" in results["machine"] else set()
-    for name, table in TABLES.items():
-        if name in results or (name in clocks and "steps" in results):
-            if name in TITLES:
-                yield f"{TITLES[name]}:"
-            yield table(results)
+    for name, (title, _) in TABLES.items():
+        if name != "summary" and (found := table(results, name)):
+            yield from filter(None, [title and f"{title}:", found])

@@ -14,10 +14,10 @@ from unittest.mock import patch
 import torch
 
 from perf import run
-from perf.implementations import IMPLEMENTATIONS, Missing, Step, Workload
+from perf.implementations import IMPLEMENTATIONS, Missing, Step, Workload, reason
 from perf.timing import interleaved
 from perf.workloads import WORKLOADS, Shape
-from tritonopt.device import path
+from tritonopt.device import INTERPRET
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
           "fp64": torch.float64}  # fmt: skip
@@ -47,7 +47,7 @@ def tiled(workload: Workload, block: int, threads: int) -> Step:
 def records(
     label: str, dtype: str, workload: Workload, tilings: list[tuple[int, int]], seconds: float
 ) -> Iterator[dict[str, Any]]:
-    if path(workload.device)[0] != "kernel":
+    if workload.device.type == "cpu" and not INTERPRET:
         raise Missing(f"no kernels run on {workload.device}")
     common = {"optimizer": workload.configuration, "workload": label, "dtype": dtype,
               "least_bytes": workload.least_bytes}  # fmt: skip
@@ -59,8 +59,7 @@ def records(
         try:
             steps[str(tiling)] = tiled(workload, *tiling)
         except Exception as error:  # out of registers or of memory
-            why = f"{type(error).__name__}: {error}".splitlines()[0]
-            yield {**common, "block": tiling[0], "threads": tiling[1], "missing": why}
+            yield {**common, "block": tiling[0], "threads": tiling[1], "missing": reason(error)}
     times = interleaved(steps, workload.device, seconds)
     for block, threads in tilings:
         if str((block, threads)) in times:

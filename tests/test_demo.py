@@ -29,20 +29,21 @@ def rows(output: str) -> dict[str, list[str]]:
 
 
 def test_both_optimizers(device, capsys):
-    assert main(["--device", str(device), "--steps", "4"]) == 0
+    assert main(["--device", str(device), "--steps", "2"]) == 0
     output = capsys.readouterr().out
     table = rows(output)
     assert "RMSprop: the same training as torch's" in output
     assert "Rprop: the same training as torch's" in output
     assert table["path"] == [path(device)[1]] * 2
     assert [cell.split(":")[0] for cell in table["device"]] == [device.type] * 2
-    assert table["steps x batch"] == ["4 x 128", "4 x all"]
+    assert table["steps x batch"] == ["2 x 128", "2 x all"]
     assert table["largest difference to torch"][1] == table["allowed"][1] == "0"
     for name in ("step time, tritonopt", "step time, torch (foreach=False)"):
         assert all(cell.endswith(" us") for cell in table[name])
     assert all(cell.endswith("x") for cell in table["ratio to tritonopt"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(path(torch.device("cpu"))[0] != "eager", reason="rounds differently")
 def test_cpu_trainings_are_independent_and_agree_to_the_last_bit(capsys):
     assert main(["--device", "cpu", "--steps", "20"]) == 0
@@ -53,6 +54,7 @@ def test_cpu_trainings_are_independent_and_agree_to_the_last_bit(capsys):
     assert "Each network has its own gradients." in output
 
 
+@pytest.mark.slow
 def test_it_learns_and_a_seed_decides_everything():
     from tritonopt import demo
 
@@ -66,6 +68,7 @@ def test_it_learns_and_a_seed_decides_everything():
     assert results[0].accuracies["tritonopt"] > 0.5  # of ten digits
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="triton is for Linux")
 def test_interpreted_kernels():
     done = run("--device", "cpu", "--steps", "2", TRITON_INTERPRET="1")
@@ -83,7 +86,7 @@ def test_one_optimizer(name, shown, capsys):
 @pytest.mark.parametrize(
     "name, wrong",
     [
-        pytest.param("RMSprop", {"alpha": 0.9901}, id="another alpha"),
+        pytest.param("RMSprop", {"alpha": 0.9901}, id="another alpha", marks=pytest.mark.slow),
         pytest.param("RMSprop", {"alpha": float("inf")}, id="NaN"),
         pytest.param("Rprop", {"etas": (0.5, 1.21)}, id="another etaplus"),
     ],
@@ -95,12 +98,14 @@ def test_exit_code_1_if_the_training_differs(name, wrong, device, monkeypatch, c
     assert f"{name}: DIFFERS from torch's" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_exit_code_1_if_only_the_first_differs(monkeypatch):
     twice = functools.partial(tritonopt.RMSprop, momentum=0.1)
     monkeypatch.setattr(tritonopt, "RMSprop", twice)
     assert main(["--device", "cpu", "--steps", "3"]) == 1
 
 
+@pytest.mark.slow
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     file = tmp_path / "losses.png"
@@ -151,6 +156,7 @@ def test_matplotlib_is_needed_for_the_plot_alone(monkeypatch):
     assert main(["--device", "cpu", "--optimizer", "rprop", "--steps", "1"]) == 0
 
 
+@pytest.mark.slow
 def test_as_a_module():
     done = run("--device", "cpu", "--optimizer", "rmsprop", "--steps", "2")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,5 +1,6 @@
 """What is installed: wheel, sdist and editable install, and what importing it brings along."""
 
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("build")
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 
 
@@ -24,13 +26,12 @@ def run(*command, cwd=None, **kwargs):
 def distributions(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dist")
     copy = folder / "source"
-    names = ("pyproject.toml", "README.md", "tritonopt", "kernels")
     copy.mkdir()
-    for name in names:
-        run("-c", f"import shutil; shutil.copytree({str(ROOT / name)!r}, {str(copy / name)!r}, "
-            "symlinks=True, ignore=shutil.ignore_patterns('__pycache__'))"
-            if (ROOT / name).is_dir() else
-            f"import shutil; shutil.copy({str(ROOT / name)!r}, {str(copy / name)!r})")  # fmt: skip
+    for name in ("tritonopt", "kernels"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, copy / name)
     run("-m", "build", "--no-isolation", "--outdir", folder, cwd=copy)
     return next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
 

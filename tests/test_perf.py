@@ -1,18 +1,20 @@
-"""The instrument: its counts are right, its parts end in time, the README says what it found.
+"""The instrument: its counts are right, its parts end in time, the READMEs say what it found.
 
 No test looks at how long anything took.
 """
 
+import argparse
 import importlib.util
 import itertools
 import json
 import math
 import os
+import runpy
 import shutil
 import subprocess
 import sys
-import time
 import types
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,7 +27,9 @@ perf = sys.modules.setdefault("perf", types.ModuleType("perf"))
 perf.__path__ = [str(ROOT / "perf")]  # ROOT in sys.path would hide Hugging Face's `kernels`
 
 from perf import (
+    child,
     compile_time,
+    machine,
     memory,
     plan,
     plots,
@@ -57,13 +61,6 @@ PUBLISHED = {  # tensors and elements, of torchvision, transformers and the pape
     "10000 x 16": (10_000, 160_000),
     "1 x 64M": (1, 67_108_864),
 }
-
-
-def module(name, *arguments, **env):
-    return subprocess.run(
-        [sys.executable, "-m", name, *arguments],
-        cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
@@ -153,6 +150,7 @@ def test_memory_of_a_call():
     assert memory.cpu_memory(call) == (4000, 204_000)
 
 
+@pytest.mark.slow
 @eager
 def test_memory_of_optimizers():
     work = Workload("Rprop", [(50_000,)] * 3, CPU)
@@ -162,76 +160,92 @@ def test_memory_of_optimizers():
     assert stock["peak_bytes"] >= 4 * 150_000 > ours["peak_bytes"]
 
 
-def test_parts_end_in_time_and_keep_what_they_found(tmp_path):
-    def forever():
-        yield {"found": 1}
-        while True:
-            time.sleep(0.01)
+def job(text):
+    """What a spawned process can be given by this file, which it does not import."""
+    return partial(eval, text, {})
 
-    def broken():
-        raise ZeroDivisionError("no")
-        yield
 
+def test_parts_end_in_time_and_keep_what_they_found(tmp_path, monkeypatch):
+    """The clock strikes when the first record is there, while the job waits for ever."""
     results = {}
+    forever = job("(__import__('threading').Event().wait() if n else {'found': 1} for n in (0, 1))")
+    for module in (run, child):
+        monkeypatch.setattr(module, "monotonic", lambda: 1e6 if results["late"] else 0.0)
     parts = {
-        "late": run.Part({"first": forever, "second": forever}, seconds=0.3),
-        "broken": run.Part({"job": broken, "next": lambda: [{"found": 2}]}),
+        "late": run.Part({"first": forever, "second": forever}, seconds=1000),
+        "broken": run.Part({"job": job("1 / 0"), "next": job("[{'found': 2}]")}),
     }
     run.run(parts, results, tmp_path / "folder" / "results.json")
-    assert [r.get("job") for r in results["late"]] == [None, "first", "second"]
-    assert "of this part were over" in results["late"][-1]["missing"]
+    late = "the 1000 s of this part were over"
+    assert results["late"] == [
+        {"found": 1}, {"job": "first", "missing": late}, {"job": "second", "missing": late},
+    ]  # fmt: skip
     assert results["broken"] == [
-        {"job": "job", "missing": "ZeroDivisionError: no"}, {"found": 2},
+        {"job": "job", "missing": "ZeroDivisionError: division by zero"}, {"found": 2},
     ]  # fmt: skip
     assert json.loads((tmp_path / "folder" / "results.json").read_text()) == results
 
 
-APART = """
-import os
-from functools import partial
-from perf import run
-jobs = {
-    "process": partial(map, eval, ["{'process': __import__('os').getpid()}"]),
-    "broken": partial(map, int, ["x"]),
-}
-results = {}
-run.run({"part": run.Part(jobs, apart=True)}, results)
-first, second = results["part"]
-assert first["process"] != os.getpid()
-assert second == {
-    "job": "broken", "missing": "ValueError: invalid literal for int() with base 10: 'x'"
-}
-"""
-
-
+@pytest.mark.slow
 def test_jobs_in_processes_of_their_own():
-    command = [sys.executable, "-c", APART]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = job("[{'process': __import__('os').getpid()}]")
+    jobs = {"one": process, "broken": job("1 / 0"), "gone": job("__import__('os')._exit(3)"),
+            "two": process}  # fmt: skip
+    results = {}
+    run.run({"apart": run.Part(jobs, apart=True), "same": run.Part(jobs, seconds=1000)}, results)
+    for first, broken, gone, second in results.values():
+        assert broken == {"job": "broken", "missing": "ZeroDivisionError: division by zero"}
+        assert gone == {"job": "gone", "missing": "the process ended with exit code 3"}
+        assert os.getpid() != first["process"] != second["process"] != os.getpid()
 
 
-def test_progress_without_rich(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "rich.progress", None)
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="looks at it through a named pipe")
+def test_a_process_that_is_ended_takes_along_what_it_started(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    code = f"import time; p = open({str(pipe)!r}, 'w', 1); print(1, file=p)\n"
+    code += "time.sleep(100); print(2, file=p)"
+    start = f"__import__('subprocess').run([{sys.executable!r}, '-c', {code!r}])"
+    with child.Child() as process:
+        found = process(job(f"({start} if n else n for n in (0, 1))"))
+        assert next(found) == 0
+        reader = pipe.open()  # waits for who writes
+        assert reader.readline() == "1\n"
+    with reader:
+        assert reader.read() == ""  # nobody will write any more
+
+
+def test_progress(capsys):
     run.run({"part": run.Part({"one": list, "two": list})}, {})
     assert capsys.readouterr().out == "part 1/2: one\npart 2/2: two\n"
 
 
+@pytest.mark.slow
 @eager
 def test_graphs_are_counted_in_a_fresh_process():
-    (record,) = compile_time.records("backend", "RMSprop", 2, CPU, seconds=200)
-    assert record["graphs"] == 2 and 0 < record["first_step_s"] < record["all_steps_s"]
+    (record,) = compile_time.records("compile()", Workload("RMSprop", [(64,)] * 2, CPU), 200)
+    assert record["graphs"] == 1 and record["first_step_s"] > 0
+
+
+def test_what_is_not_compiled_in_time_is_told():
+    (record,) = compile_time.records("compile()", Workload("RMSprop", [(64,)] * 2, CPU), 0)
+    assert record == {"implementation": "compile()", "optimizer": "RMSprop", "tensors": 2,
+                      "missing": "not compiled after 0 s"}  # fmt: skip
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="is for machines without a GPU")
-def test_without_a_gpu():
-    done = module("perf.gpu")
-    assert done.returncode == 2 and "needs a GPU" in done.stdout
+def test_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["perf.gpu"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("perf.gpu", run_name="__main__")
+    assert end.value.code == 2 and "needs a GPU" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["--device", "meta"], ["--device", "no"]], ids=str)
-def test_devices_that_cannot_be_measured(arguments):
-    done = module("perf.host", *arguments)
-    assert done.returncode == 2 and arguments[1] in done.stderr
+@pytest.mark.parametrize("name", ["meta", "no"])
+def test_devices_that_cannot_be_measured(name):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{name}' is no"):
+        machine.usable_device(name)
 
 
 def test_a_folder_that_is_a_file(tmp_path, capsys):
@@ -283,9 +297,15 @@ def test_what_is_asked_for_is_measured_or_said_to_be_missing(names):
     assert job.args[2] == names and job.keywords["up_to"]["compiled"]
 
 
+def empty(root):
+    for file in (root / "README.md", root / "perf" / "README.md"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("<!-- perf:cpu host -->\n<!-- /perf -->")
+
+
 def test_a_report_without_matplotlib(monkeypatch, tmp_path, capsys):
     shutil.copytree(ROOT / "perf" / "results", tmp_path / "perf" / "results")
-    (tmp_path / "README.md").write_text("<!-- perf:cpu host -->\n<!-- /perf -->")
+    empty(tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert report.main([], tmp_path) == 2
     assert "matplotlib" in capsys.readouterr().out
@@ -307,15 +327,18 @@ def test_what_is_named_takes_as_long_as_it_takes():
 
 
 @eager
-@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("gpu", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_everything_on_a_cpu(gpu, tmp_path, monkeypatch, capsys):
     """The GPU's plan, too, of which only the sweep over grids finds nothing to measure."""
+    unlimited = dict.fromkeys(plan.QUICKLY.limits)  # so that it runs in this process
+    monkeypatch.setattr(plan, "QUICKLY", plan.QUICKLY._replace(seconds=0, limits=unlimited))
     monkeypatch.setattr(plan, "QUICK", ("PINN",))
     monkeypatch.setattr(plan, "SIZES", [2**8])
     monkeypatch.setattr(plan, "COUNTS", (1, 3))
     monkeypatch.setattr(tune, "DTYPES", {"fp32": torch.float32})
     monkeypatch.setattr(steps, "bandwidth", lambda *_: 1e10)
     monkeypatch.setattr(variants, "SEEDS", range(2))
+    monkeypatch.setattr(variants, "EPOCHS", 2)
     only = ["steps", "curve", "counts", "tune"] if gpu else ["steps", "variants"]
     given = options(gpu, "--quick", "--only", *only, "--out", str(tmp_path))
     assert plan.main(CPU, gpu, given) == 0
@@ -331,24 +354,25 @@ def test_everything_on_a_cpu(gpu, tmp_path, monkeypatch, capsys):
     assert first["fraction_of_floor"] == pytest.approx(floor / first["wall_us"]["median"])
     printed = capsys.readouterr().out
     assert "| PINN |" in printed and ("no kernels run on cpu" in printed) == gpu
-    plots.draw(file.stem, results, tmp_path)
-    assert len(list(tmp_path.glob("*.png"))) == (3 if gpu else 0)
 
 
 INTERPRETED = """
 import torch
 from perf import host, tune
 host.COUNTS = 1, 3
-print(len(host.host("Rprop", torch.device("cpu"))))
+launch = __import__("tritonopt.kernels.launch").kernels.launch
+whole = launch.Launch.run
+print(len(*host.host("Rprop", torch.device("cpu"))))
+launch.Launch.run = whole
 del tune.DTYPES["fp16"], tune.DTYPES["fp64"]
 shapes = dict.fromkeys(tune.CHOSEN, [(3000,), (5,)])
 for job in tune.jobs(torch.device("cpu"), True, shapes, seconds=0).values():
     print([(r["block"], r["threads"], r["wall_us"]["median"] > 0) for r in job()])
-from tritonopt.kernels import launch
 print(launch.BLOCK, launch.THREADS)
 """
 
 
+@pytest.mark.slow
 def test_host_and_grids_in_the_interpreter():
     pytest.importorskip("triton")
     done = subprocess.run(
@@ -357,10 +381,11 @@ def test_host_and_grids_in_the_interpreter():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     first, *grids, last = done.stdout.splitlines()
-    assert first == "4" and last == "1024 128"
+    assert first == "5" and last == "1024 128"
     assert grids == ["[(1024, 128, True), (2048, 256, True)]"] * 8
 
 
+@pytest.mark.slow
 @eager
 def test_benchmarks(tmp_path):
     """pytest-benchmark is given the times that were measured in turns."""
@@ -368,7 +393,8 @@ def test_benchmarks(tmp_path):
     file = tmp_path / "benchmarks.json"
     chosen = "PINN and Rprop and (loop or foreach or replayed)"
     options = ("--quick", "--device", "cpu", "-k", chosen, f"--benchmark-json={file}")
-    done = module("pytest", "perf", *options)
+    command = [sys.executable, "-m", "pytest", "perf", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "2 passed, 2 skipped" in done.stdout, done.stdout
     for found in json.loads(file.read_text())["benchmarks"]:
         measured = found["extra_info"]["wall_us"]["median"] * 1e-6
@@ -380,19 +406,22 @@ def test_the_readme_says_what_was_measured():
     assert report.main(["--check"]) == 0
 
 
-def test_other_figures_are_noticed(tmp_path):
+def test_other_figures_are_noticed(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "perf" / "results", tmp_path / "perf" / "results")
-    readme = tmp_path / "README.md"
-    shutil.copy(ROOT / "README.md", readme)
+    names = ("README.md", "perf/README.md")
+    for name in names:
+        shutil.copy(ROOT / name, tmp_path / name)
+    drawn = []
+    monkeypatch.setattr(plots, "draw", lambda stem, *_: drawn.append(stem))
     assert report.main(["--check"], tmp_path) == 0
     file = tmp_path / "perf" / "results" / "cpu.json"
     results = json.loads(file.read_text())
     results["machine"]["device"] += " of another kind"
     file.write_text(json.dumps(results))
     assert report.main(["--check"], tmp_path) == 1
-    assert report.main([], tmp_path) == 0
+    assert report.main([], tmp_path) == 0 and drawn == ["cpu"]
     assert report.main(["--check"], tmp_path) == 0
-    assert readme.read_text() != (ROOT / "README.md").read_text()
+    assert all((tmp_path / name).read_text() != (ROOT / name).read_text() for name in names)
     next(file.parent.glob("*.png")).unlink()
     assert report.main(["--check"], tmp_path) == 1
 
@@ -400,12 +429,14 @@ def test_other_figures_are_noticed(tmp_path):
 def test_results_that_are_none(tmp_path, capsys):
     folder = tmp_path / "perf" / "results"
     folder.mkdir(parents=True)
-    (tmp_path / "README.md").write_text("<!-- perf:cpu host -->\n<!-- /perf -->")
+    empty(tmp_path)
     (folder / "cpu.json").write_text("{")
     assert report.main(["--check"], tmp_path) == 2
     assert "cpu.json holds no results" in capsys.readouterr().out
     (folder / "cpu.json").write_text('{"machine": {}, "quick": false}')
-    assert "\nNot measured.\n" in report.readme((tmp_path / "README.md").read_text(), folder)
+    for part in ("host", "summary"):
+        text = f"<!-- perf:cpu {part} -->\n<!-- /perf -->"
+        assert "\nNot measured.\n" in report.fill(text, folder)
 
 
 def test_what_is_missing_is_neither_drawn_nor_tabulated(tmp_path):
@@ -415,11 +446,11 @@ def test_what_is_missing_is_neither_drawn_nor_tabulated(tmp_path):
     results = {"machine": {}, "compile": [found, late], "host": [late]}
     plots.draw("some", results, tmp_path)
     assert (tmp_path / "some-compile.png").exists()
-    table = tables.TABLES["compile"](results).splitlines()
+    table = tables.table(results, "compile").splitlines()
     assert not run.is_measured({"host": [late]}) and run.is_measured(results)
     assert table[2] == "| foreach | 50 | 1.5 s, 2 |"
     assert table[-1] == "Not measured: Rprop, foreach, 50: no time was left."
-    assert tables.TABLES["host"](results) == table[-1]
+    assert tables.table(results, "host") == table[-1]
 
 
 def test_every_file_of_results_is_shown(tmp_path):
@@ -431,11 +462,13 @@ def test_every_file_of_results_is_shown(tmp_path):
             "wall_us": times, "device_us": times, "host_us": times,
             "bandwidth_bytes_per_s": 1e12, "fraction_of_floor": 0.5}  # fmt: skip
     text = "<!-- perf:gpu all -->\n<!-- /perf -->"
-    assert "Not measured on a GPU yet." in report.readme(text, tmp_path)
+    assert "Not measured on a GPU yet." in report.fill(text, tmp_path)
     results = {"machine": machine, "quick": False, "steps": [step]}
     (tmp_path / "some-gpu.json").write_text(json.dumps(results))
-    made = report.readme(text, tmp_path)
+    made = report.fill(text, tmp_path)
     assert "Some GPU, device copy 1,000.0 GB/s" in made
     assert made.count("| one | 2 (1 to 3) | - | 50% |") == 2
     assert made.count("| one | 2 (1 to 3) | - |\n") == 1  # of the host, no floor
-    assert report.readme(made, tmp_path) == made
+    assert report.fill(made, tmp_path) == made
+    short = report.fill("<!-- perf:gpu summary -->\n<!-- /perf -->", tmp_path)
+    assert "| RMSprop, LSTM | - | - | - | - | - |" in short and "Some GPU, 1 threads" in short

@@ -10,6 +10,7 @@ import tritonopt
 from tritonopt.device import INTERPRET
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
+LINES = 250  # at most: it is to be read once
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
@@ -37,14 +38,14 @@ def test_the_example_with_either_import(capsys):
 
 @pytest.mark.skipif(INTERPRET, reason="the table names the eager path")
 def test_the_description():
-    """One parameter aliased, and a lazy layer that has no shape yet."""
-    model = torch.nn.Sequential(
-        torch.nn.Conv2d(3, 32, 3), torch.nn.BatchNorm2d(32), torch.nn.LazyLinear(10)
-    )
+    """Of a model of which one parameter has an alias, after a step."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 3), torch.nn.BatchNorm2d(32))
     model.register_parameter("scale", torch.nn.Parameter(torch.ones(426)))
     alias = model.scale.detach()
-    described = tritonopt.RMSprop(model.parameters()).describe()
-    assert described in README and alias is not None
+    optimizer = tritonopt.RMSprop(model.parameters())
+    (model(torch.ones(1, 3, 4, 4)).sum() + model.scale.sum()).backward()
+    optimizer.step()
+    assert optimizer.describe() in README and alias is not None
 
 
 def test_the_two_commands():
@@ -53,6 +54,10 @@ def test_the_two_commands():
         'pip install ".[demo]" && python -m tritonopt',
         'pip install -e ".[test]" && pytest',
     ]
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= LINES
 
 
 @pytest.mark.parametrize("number", range(1, len(BLOCKS)))

@@ -44,7 +44,9 @@ def _native(known: Group, sweep_path: str, packed: bool) -> Iterator[tuple[str, 
         kind = str(part.device), _name(part.dtype), _path(part.device, sweep_path)
         params = [known.native[index] for index in part.indices]
         rows.setdefault(kind, []).extend((p, part.bytes_per_element) for p in params)
-    for param in known.expected():
+    for param, why in known.expected():
+        if why is not None:
+            continue
         device = local(param).device
         kind = str(device), _name(param.dtype), _path(device, sweep_path)
         nbytes = param.itemsize * (3 + 2 * len(known.rule.used))
@@ -73,7 +75,7 @@ def _path(device: torch.device, sweep_path: str) -> str:
 def _fallback(known: Group) -> Iterator[tuple[str, ...]]:
     counts: Counter[tuple[str, str]] = Counter()
     numels: Counter[tuple[str, str]] = Counter()
-    for param, _ in known.fallback:
+    for param, _ in _left_to_torch(known):
         kind = str(param.device), _name(param.dtype)
         counts[kind] += 1
         numels[kind] += 0 if is_lazy(param) else param.numel()
@@ -81,14 +83,21 @@ def _fallback(known: Group) -> Iterator[tuple[str, ...]]:
         yield (*kind, "torch", "0", "0", str(count), f"{numels[kind]:,}", "-")
 
 
+def _left_to_torch(known: Group) -> list[tuple[Tensor, str]]:
+    return [*known.fallback, *((p, why) for p, why in known.expected() if why is not None)]
+
+
 def _notes(known: Group, packed: bool) -> Iterator[str]:
-    reasons = [_why_in_place(param, packed) for param in (*known.native, *known.expected())]
+    expected = known.expected()
+    in_place = [*known.native, *(param for param, why in expected if why is None)]
+    reasons = [_why_in_place(param, packed) for param in in_place]
     for why, count in Counter(filter(None, reasons)).items():
         yield f"{count} in place: {why}"
-    for why, count in Counter(why for _, why in known.fallback).items():
+    for why, count in Counter(why for _, why in _left_to_torch(known)).items():
         yield f"{count} left to torch: {why}"
-    if known.waiting:
-        yield f"{len(known.waiting)} without state until their first gradient"
+    waiting = len(known.waiting) - (0 if known.native else len(expected))
+    if waiting:
+        yield f"{waiting} without state until their first gradient"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from operator import is_, itemgetter
 from typing import Any
 
@@ -61,7 +62,10 @@ class Group:
         for index, param in enumerate(self.params):
             entry = state.get(param)
             why = why_not_native(param)
-            if param.grad is None and (not entry or untrained(entry)):
+            if not entry and (param.grad is None or why is None):
+                self.waiting.append(param)
+                continue
+            if param.grad is None and untrained(entry):
                 self.waiting.append(param)
                 continue
             if why is None and group["capturable"] and param.device.type not in _CAPTURABLE:
@@ -122,7 +126,7 @@ class Group:
         """
         if len(params) != len(self.params) or not all(map(is_, params, self.params)):
             raise Stale
-        if self.provisional or (self.waiting and any(p.grad is not None for p in self.waiting)):
+        if self.waiting and any(p.grad is not None for p in self.waiting):
             raise Stale
         if self.why_torch:
             return []
@@ -137,10 +141,7 @@ class Group:
                 lists = self.lists()
                 grads = self.plan.gradients(lists.grads, lists.written(), lists.steps)
             else:
-                written = [*self.native]
-                for get in self._getters:
-                    written += map(get, self.entries)
-                steps = list(map(_get_step, self.entries))
+                written, steps = self._columns(), list(map(_get_step, self.entries))
                 grads = self.plan.gradients([p.grad for p in self.native], written, steps)
             if grads is None and not self.fallback and not is_capturing(self.native[0].device):
                 lists = self.lists()
@@ -152,10 +153,23 @@ class Group:
             raise Stale
         return grads
 
-    def expected(self) -> list[Tensor]:
-        """Parameters that a plan will take, once they have a gradient and state."""
+    def _columns(self) -> list[Tensor]:
+        columns = [*self.native]
+        for get in self._getters:
+            columns += map(get, self.entries)
+        return columns
+
+    def written(self, grads: Sequence[Tensor | None] | None) -> list[Tensor]:
+        """Parameters, state and counts of steps that an update writes; None: there are all."""
+        tensors = [*self._columns(), *map(_get_step, self.entries)]
+        if grads is None:
+            return tensors
+        return [t for t, grad in zip(tensors, cycle(grads), strict=False) if grad is not None]
+
+    def expected(self) -> list[tuple[Tensor, str | None]]:
+        """Parameters that have no state yet, and why torch will update them, if it will."""
         real = [p for p in self.waiting if not is_lazy(p) and not p.is_meta and p.requires_grad]
-        return [p for p in real if why_not_native(p) is None]
+        return [(param, why_not_native(param)) for param in real]
 
 
 def _looks(fallback: list[tuple[Tensor, str]]) -> list[tuple[Any, ...]]:

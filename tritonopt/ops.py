@@ -164,7 +164,7 @@ def _update(rule: Rule, lists: Lists, **hyper: Any) -> None:
         recent.insert(0, (plan, (rule, lengths), owners))
         del recent[RECENT_PLANS:]
     plan(grads, hyper, reserve=True)
-    torch.autograd.graph.increment_version(lists.params)  # a later backward must notice
+    torch.autograd.graph.increment_version([*lists.written(), *lists.steps])  # a later backward must notice
 
 
 def _is_current(plan: Plan, owners: list[weakref.ref[Tensor]]) -> bool:

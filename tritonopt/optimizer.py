@@ -267,7 +267,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         stale, work = [], []
         for unit in self._units:
             try:
-                if unit.known is None:
+                if unit.known is None or unit.known.provisional:
                     raise Stale
                 work.append((unit, unit.known, unit.known.gradients(self._params(unit), state)))
             except Stale:
@@ -289,13 +289,15 @@ class FusedOptimizer(torch.optim.Optimizer):
             return
         count = len(values)
         fixed = all(_is_fixed(value) for row in values for value in row)
-        firsts = [i for i in range(count) if i == 0 or not fixed or values[i] != values[i - 1]]
         for group in self.param_groups:
             self._check(group)
+        joins = [fixed and values[i] == values[i - 1] for i in range(count)]  # the first: any
+        joins = [j and not self._why_torch(g) for j, g in zip(joins, self.param_groups, strict=True)]
+        firsts = [i for i in range(count) if i == 0 or not joins[i]]
         known = {(unit.first, unit.end, unit.flags): unit.known for unit in self._units}
         self._units = [
             self._unit(first, end)
-            for first, end in zip(firsts, [*firsts[1:], count], strict=True)
+            for first, end in zip(firsts, [*firsts[1:], count], strict=False)
         ]
         for unit in self._units:
             unit.known = known.get((unit.first, unit.end, unit.flags))
@@ -303,8 +305,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _unit(self, first: int, end: int) -> Unit:
         group = self.param_groups[first]
-        flags = self.rule(group), self._why_torch(group), group["capturable"]
-        return Unit(first, end, flags, self.hyper(group))
+        why_torch = self._why_torch(group)
+        flags = self.rule(group), why_torch, group["capturable"]
+        return Unit(first, end, flags, {} if why_torch else self.hyper(group))
 
     def _params(self, unit: Unit) -> list[Tensor]:
         if unit.end == unit.first + 1:
@@ -390,14 +393,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         kinds: dict[Any, list[Tensor]] = {}
         with torch.inference_mode(False):
             for param in params:
+                entry = self.state[param]  # in torch's order
                 if _makes_plain(param):
                     kinds.setdefault(param.grad.dtype, []).append(param)  # type: ignore[union-attr]
                     continue
                 home = param.device if on_device else torch.device("cpu")
-                self.state[param] = {"step": torch.zeros((), dtype=scalar, device=home)}
+                entry["step"] = torch.zeros((), dtype=scalar, device=home)
                 for key, start in starts.items():  # sharded checkpoints need the parameter's type
                     like = param.grad if key in self._like_gradient else param
-                    self.state[param][key] = torch.full_like(like, start)  # type: ignore[arg-type]
+                    entry[key] = torch.full_like(like, start)  # type: ignore[arg-type]
         for grad_dtype, members in kinds.items():
             for batch in slab.batches(members):
                 device, dtype = batch[0].device, batch[0].dtype
@@ -409,7 +413,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     kind = grad_dtype if key in self._like_gradient else dtype
                     columns[key] = slab.allocate(batch, kind, device, start)
                 for number, param in enumerate(batch):
-                    self.state[param] = {key: column[number] for key, column in columns.items()}
+                    self.state[param].update((key, c[number]) for key, c in columns.items())
 
     def _pack_on_accelerator(self, group: dict[str, Any]) -> None:
         """At once: a graph that is captured later may know the parameters' addresses."""
@@ -454,9 +458,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self.update_by_torch({**group, "params": params, "foreach": foreach})
         if known.plan is None:
             return
-        changed = known.native
-        if not all_given(grads):
-            changed = [p for p, grad in zip(changed, grads, strict=True) if grad is not None]
+        changed = known.written(None if all_given(grads) else grads)
         if changed:
             known.plan(grads, unit.hyper, *scaling, reserve=group["capturable"])
             torch.autograd.graph.increment_version(changed)  # a later backward must notice
@@ -497,10 +499,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 0  cpu     float32  eager       2         0      0        20         400
         """
         self._forget()  # plans, whose views would count as holders of their tensors
-        groups = []
-        for index, group in enumerate(self.param_groups):
-            self._check(group)
-            groups.append(self._group(self._unit(index, index + 1)))
+        groups = [self._group(self._unit(i, i + 1)) for i in range(len(self.param_groups))]
         sweep_path = getattr(self._sweep, "func", self._sweep).path
         return table(groups, sweep_path, self._packed)
 

@@ -100,6 +100,7 @@ class Plan:
         """Makes the launches and sweeps, which know where tensors lie."""
         self.addresses = _addresses(written)
         self.parts = [self._part(*kind, some=some) for kind, some in self.members.items()]
+        self.steps = [step.detach() for step in self.steps]
         steps_at = _addresses(self.steps)  # scalars: there is no more to look at
         if steps_at == self.steps_at:
             return
@@ -133,13 +134,16 @@ class Plan:
         *states: torch.dtype,
         some: list[int],
     ) -> Part:
-        params = [self.params[index] for index in some]
-        columns = [c and [c[index] for index in some] for c in self.columns]
-        if path(device)[0] == "eager":
-            update: Any = self.sweep(self.rule.eager, params, columns)
+        update: Any
+        if path(device)[0] == "eager":  # other tensors of the same memory: those may be moved
+            params = [self.params[index].detach() for index in some]
+            columns = [c and [c[index].detach() for index in some] for c in self.columns]
+            update = self.sweep(self.rule.eager, params, columns)
         else:
             from tritonopt.kernels.launch import Launch
 
+            params = [self.params[index] for index in some]
+            columns = [c and [c[index] for index in some] for c in self.columns]
             update = Launch(self.rule.launcher(), params, columns)
         moved = 2 * dtype.itemsize + grad_dtype.itemsize + 2 * sum(s.itemsize for s in states)
         return Part(some, update, device, dtype, grad_dtype, moved)
@@ -238,7 +242,7 @@ def update_alone(
 def _one(step: Tensor, skip: Tensor | None) -> Any:
     if skip is not None:
         return (skip == 0).to(step)
-    return number(1.0) if step.is_cpu else 1
+    return number(1.0) if step.is_cpu and step.is_floating_point() else 1
 
 
 def _common(steps: Sequence[Tensor]) -> float | Tensor:

@@ -133,10 +133,10 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
 
     def rule(self, group: dict[str, Any]) -> Rule:
         used = ["square_avg"]
-        if group["centered"]:
-            used.append("grad_avg")
         if group["momentum"] > 0:
             used.append("momentum_buffer")
+        if group["centered"]:
+            used.append("grad_avg")
         takes_step = bool(self._option(group, "bias_correction"))
         return Rule("RMSprop", eager.rmsprop_, launcher, STATE, tuple(used), takes_step)
 

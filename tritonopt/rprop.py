@@ -90,8 +90,8 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
     """
 
     _names = (
-        "etas", "step_sizes", "maximize", "capturable", "foreach", "differentiable", "variant",
-        "last_loss",
+        "lr", "etas", "step_sizes", "maximize", "capturable", "foreach", "differentiable",
+        "variant", "last_loss",
     )  # fmt: skip
     _options = {"variant": "irprop-"}
     _like_gradient = ("step_size",)
@@ -161,7 +161,8 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
             return False
         if any(float(group["lr"]) != 0 for group in self.param_groups):
             return False
-        return not any(bool(local(p.grad).any()) for p in bare)
+        grads = [local(p.grad) for p in bare]
+        return not any(g.is_meta or not is_plain(g) or bool(g.any()) for g in grads)
 
     def _is_untrained(self, entry: Any) -> bool:
         if not entry or not entry.keys() >= {"step", "step_size"}:

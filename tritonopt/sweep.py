@@ -168,7 +168,7 @@ class Sweep:
         """The pieces of a tensor and its state, in the order of `columns`."""
         count = -(-self.columns[0][index].numel() // self.piece)  # type: ignore[index]
         cut = [
-            [None] * count if c is None else _split(c[index].detach(), self.piece)
+            [None] * count if c is None else _split(c[index], self.piece)
             for c in self.columns
         ]
         self._rows[index] = list(map(list, zip(*cut, strict=True)))
