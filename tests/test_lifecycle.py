@@ -303,7 +303,8 @@ class Side:
         if rng.random() < 0.5:
             state = copy.deepcopy(state)
         if rng.random() < 0.5:
-            self.kept += [v for e in state["state"].values() for v in e.values()]
+            entries = sorted(state["state"].items())
+            self.kept += [value for _, entry in entries for value in entry.values()]
         self.optimizer.load_state_dict(state)
 
     def copy(self, rng):
