@@ -15,6 +15,6 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name == "backend":  # is imported by who asks for it
-        return import_module("tritonopt.backend")
+    if name in ("backend", "lightning"):  # are imported by who asks for them
+        return import_module(f"tritonopt.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

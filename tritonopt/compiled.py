@@ -20,6 +20,7 @@ from torch._dynamo import eval_frame
 
 from tritonopt.eager import Scratch
 from tritonopt.inductor import inductor, trust_processor
+
 IMMUTABLE = (int, float, str, type(None))
 from tritonopt.sweep import RECENT_ROOMS, SERIAL, Sweep
 
