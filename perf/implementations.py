@@ -12,7 +12,7 @@ import torch
 from torch.optim import Optimizer
 
 from perf.workloads import Shape
-from tritonopt.backend import tritonopt as backend
+from tritonopt.compile.backend import tritonopt as backend
 
 Step = Callable[[], Any]
 

@@ -26,7 +26,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
 import tritonopt
-from tritonopt.compiled import Graph
+from tritonopt.compile.fused import Graph
 
 __all__ = ["fresh"]  # an autouse fixture
 pytestmark = skip_interpreted

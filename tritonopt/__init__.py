@@ -16,5 +16,5 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> ModuleType:
     if name == "backend":  # is imported by who asks for it
-        return import_module("tritonopt.backend")
+        return import_module("tritonopt.compile.backend")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -250,7 +250,7 @@ class SlabOptimizer(GroupedOptimizer):
             >>> optimizer.compile()
             >>> optimizer.step()
         """
-        from tritonopt.compiled import CompiledSweep
+        from tritonopt.compile.fused import CompiledSweep
 
         self._compile_kwargs = kwargs
         self._sweep = partial(CompiledSweep, **kwargs)
