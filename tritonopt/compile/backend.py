@@ -64,7 +64,8 @@ def tritonopt(
 @torch.compiler.assume_constant_result
 def _is_wanted() -> bool:
     """Whether the graph that is being traced is for this backend."""
-    backend: Any = innermost_backend(InstructionTranslator.current_tx().output.compiler_fn)
+    output: Any = InstructionTranslator.current_tx().output
+    backend: Any = innermost_backend(output.compiler_fn)
     return getattr(backend, "compiler_fn", backend) is tritonopt
 
 
@@ -72,10 +73,10 @@ def _is_wanted() -> bool:
 def _takes(name: str) -> bool:
     """Whether the op takes the `lists` of the function that is being traced.
 
-    What is looked at, dynamo guards, as they are inputs of the graph. To trace the checks would take
-    most of the time.
+    What it looks at, dynamo guards, as the tensors are inputs of the graph. Tracing the checks
+    would take twice as long as everything else.
     """
-    output = InstructionTranslator.current_tx().output
+    output: Any = InstructionTranslator.current_tx().output
     columns = output.current_tx.symbolic_locals["lists"].realize().items
     lists = [[_fake(x.realize()) for x in column.realize().items] for column in columns]
     why = _why_not(lists)

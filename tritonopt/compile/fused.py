@@ -18,8 +18,8 @@ from torch import Tensor
 from torch._C._dynamo.guards import GlobalStateGuard
 from torch._dynamo import eval_frame
 
-from tritonopt.eager import Scratch
 from tritonopt.compile.inductor import inductor, trust_processor
+from tritonopt.eager import Scratch
 from tritonopt.layout import IMMUTABLE
 from tritonopt.sweep import RECENT_ROOMS, SERIAL, Sweep
 

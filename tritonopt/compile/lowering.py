@@ -1,7 +1,7 @@
 """How Inductor compiles the ops: in place where that changes nothing, else on copies.
 
-The graph says what every reader sees: an op returns new values, and what an input holds at the end is
-copied to it there. An op may nevertheless write to the inputs themselves, if
+The graph says what every reader sees: an op returns new values, and what an input holds at the end
+is copied to it there. An op may nevertheless write to the inputs themselves, if
 
 - all that is still to be computed from an input is computed first. Inductor would register the op
   before that (torch 2.11 to 2.15), so it is asked for it before the op is made;
@@ -82,13 +82,13 @@ def _lower(overload: Any, *lists: Any, **hyper: Any) -> list[ir.TensorBox]:
     return [_value(home.box) for home in homes]
 
 
-def _home(argument: Node, box: Any, finals: dict[Node, Node], taken: set[int]) -> Home:
+def _home(argument: Any, box: Any, finals: dict[Node, Node], taken: set[int]) -> Home:
     """Where the op writes: to an input, to where an earlier result lies, or to a copy."""
     if argument in finals and id(box) not in taken:
         return Home(box, argument)
-    if argument.target is operator.getitem and _HOMES in argument.args[0].meta:  # type: ignore[union-attr]
+    if argument.target is operator.getitem and _HOMES in argument.args[0].meta:
         source, index = argument.args
-        home: Home = source.meta[_HOMES][index]  # type: ignore[union-attr,index]
+        home: Home = source.meta[_HOMES][index]
         if not home.is_final and id(home.box) not in taken:
             return Home(home.box, home.input)
     return Home(ir.ExternKernel.copy_input(box))
