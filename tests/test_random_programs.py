@@ -28,20 +28,23 @@ SHAPES = ((3, 4), (), (5,), (2, 3), (1,))
 
 READS = (
     "{x}.sin()", "{x}.norm()", "{x} * 2", "{x}.sum() + {y}.sum()", "{x} - {b}", "{x} + {n}",
-    "{x}.reshape(-1)[0].cos()", "{x}.reshape(-1)[:2] * 3", "{x}.flatten().flip(0)", "{x}.abs().max()",
-    "torch.stack([{x}.norm(), {y}.norm()])", "torch._foreach_mul({l}, 1.5)", "torch._foreach_norm({l})",
-    "torch._foreach_sub(p, b)", "{n} * 2", "1 - 0.9 ** {n}", "torch.as_tensor(lr) * 2",
+    "{x}.reshape(-1)[0].cos()", "{x}.reshape(-1)[:2] * 3", "{x}.flatten().flip(0)",
+    "{x}.abs().max()", "torch.stack([{x}.norm(), {y}.norm()])", "torch._foreach_mul({l}, 1.5)",
+    "torch._foreach_norm({l})", "torch._foreach_sub(p, b)", "{n} * 2", "1 - 0.9 ** {n}",
+    "torch.as_tensor(lr) * 2",
 )  # fmt: skip
 COPIES = (
     "{x}.clone()", "{x}.detach().clone()", "{x}.view(-1).clone()", "{x}.neg().neg()", "{x} * 1",
-    "{x} + 0", "torch.cat([{x}.view(-1)])", "{n}.clone()", "{x}[...].clone()", "{x}.clone().view(-1)",
-    "torch._foreach_mul({l}, 1.0)", "[y.clone() for y in {l}]", "{x}.t().clone().t() if {x}.dim() == 2 "
-    "else {x}.clone()", "torch.empty_like({x}).copy_({x})", "{x}.contiguous().clone()",
+    "{x} + 0", "torch.cat([{x}.view(-1)])", "{n}.clone()", "{x}[...].clone()",
+    "{x}.clone().view(-1)", "torch._foreach_mul({l}, 1.0)", "[y.clone() for y in {l}]",
+    "{x}.t().clone().t() if {x}.dim() == 2 else {x}.clone()",
+    "torch.empty_like({x}).copy_({x})", "{x}.contiguous().clone()",
 )  # fmt: skip
 WRITES = (
     "{b}.copy_({x})", "{b}.lerp_({x}, 0.5)", "{b}.mul_(0.5).add_({x})", "{b}.sub_({x})",
-    "{p}.mul_(0.9)", "{g}.clamp_(-1, 1)", "{g}.mul_(0.5)", "{v}.mul_(0.9)", "{p}.view(-1)[:1].mul_(2)",
-    "torch._foreach_copy_(b, p)", "torch._foreach_lerp_(b, p, 0.25)", "torch._foreach_mul_(p, 0.9)",
+    "{p}.mul_(0.9)", "{g}.clamp_(-1, 1)", "{g}.mul_(0.5)", "{v}.mul_(0.9)",
+    "{p}.view(-1)[:1].mul_(2)", "torch._foreach_copy_(b, p)", "torch._foreach_lerp_(b, p, 0.25)",
+    "torch._foreach_mul_(p, 0.9)",
     "torch._foreach_mul_(g, 0.5)", "{p}.copy_({b})", "{p}.lerp_({b}, 0.1)", "{g}.copy_({b})",
     "{b}.fill_(1)", "{b}.copy_({p}.tanh())", "{p}.sub_({g}, alpha=0.1)", "{b}.add_({n})",
 )  # fmt: skip
@@ -196,7 +199,7 @@ def compare(programs, functions, run):
                 assert_same(program, left, right, f"tensors after call {call}")
             disturb(states)
         rates = [
-            [lr * 0.5 if program.lr_changes else lr for lr, program in zip(lrs, programs, strict=True)]
+            [lr * 0.5 if p.lr_changes else lr for lr, p in zip(lrs, programs, strict=True)]
             for lrs in rates
         ]
 
@@ -286,7 +289,8 @@ def together(start, count):
 
 
 def single(start, count):
-    return [pytest.param(Program(s, has_optimizer=True), id=str(s)) for s in range(start, start + count)]
+    seeds = range(start, start + count)
+    return [pytest.param(Program(s, has_optimizer=True), id=str(s)) for s in seeds]
 
 
 def slow(params):

@@ -56,12 +56,13 @@ def _lower(overload: Any, *lists: Any, **hyper: Any) -> list[ir.TensorBox]:
         for copy in node.graph.find_nodes(op="call_function", target=_aten.copy_.default)
         if copy.args[0].op == "placeholder"
     }
-    homes: list[Home] = []
-    for argument, box in zip(ops._written(node.args), ops._written(lists), strict=True):
-        homes.append(_home(argument, box, finals, {id(home.box) for home in homes}))
-    for home in homes:
-        if home.input is not None and home.input in ops._written(node.args):
-            _keep_old(node, home.input)
+    taken: set[int] = set()
+    arguments = ops._written(node.args)
+    homes = [
+        _home(argument, box, finals, taken)
+        for argument, box in zip(arguments, ops._written(lists), strict=True)
+    ]
+    _keep_old(node, {home.input for home in homes} & {*arguments})
     names = [home.box.get_name() for home in homes]
     grads = [
         _read(box, argument, names) for box, argument in zip(lists[1], node.args[1], strict=True)
@@ -84,20 +85,22 @@ def _lower(overload: Any, *lists: Any, **hyper: Any) -> list[ir.TensorBox]:
 
 def _home(argument: Any, box: Any, finals: dict[Node, Node], taken: set[int]) -> Home:
     """Where the op writes: to an input, to where an earlier result lies, or to a copy."""
-    if argument in finals and id(box) not in taken:
-        return Home(box, argument)
-    if argument.target is operator.getitem and _HOMES in argument.args[0].meta:
+    home = None
+    if argument in finals:
+        home = Home(box, argument)
+    elif argument.target is operator.getitem and _HOMES in argument.args[0].meta:
         source, index = argument.args
-        home: Home = source.meta[_HOMES][index]
-        if not home.is_final and id(home.box) not in taken:
-            return Home(home.box, home.input)
-    return Home(ir.ExternKernel.copy_input(box))
+        home = source.meta[_HOMES][index]
+    if home is None or home.is_final or id(home.box) in taken:
+        home = Home(ir.ExternKernel.copy_input(box))
+    taken.add(id(home.box))
+    return Home(home.box, home.input)
 
 
-def _keep_old(node: Node, written: Node) -> None:
+def _keep_old(node: Node, written: set[Any]) -> None:
     """Gives a copy, made now, to who reads an input, or a view of it, after the op."""
-    storage = get_node_storage(written)
-    for alias in [n for n in V.graph.env if get_node_storage(n) == storage]:
+    storages = {get_node_storage(argument) for argument in written} - {None}
+    for alias in [n for n in V.graph.env if get_node_storage(n) in storages]:
         late = [user for user in alias.users if user not in V.graph.env and user is not node]
         late = [user for user in late if not _only_writes(user, alias)]
         if not late:
