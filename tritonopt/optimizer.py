@@ -296,9 +296,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         fixed = all(_is_fixed(value) for row in values for value in row)
         for group in self.param_groups:
             self._check(group)
-        joins = [fixed and values[i] == values[i - 1] for i in range(count)]  # the first: any
-        joins = [j and not self._why_torch(g) for j, g in zip(joins, self.param_groups, strict=True)]
-        firsts = [i for i in range(count) if i == 0 or not joins[i]]
+        alike = [fixed and values[i] == values[i - 1] for i in range(count)]
+        ours = [not self._why_torch(group) for group in self.param_groups]
+        firsts = [i for i in range(count) if i == 0 or not (alike[i] and ours[i])]
         known = {(unit.first, unit.end, unit.flags): unit.known for unit in self._units}
         self._units = [
             self._unit(first, end)
@@ -487,7 +487,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             >>> optimizer.compile()
             >>> optimizer.step()
         """
-        from tritonopt.compiled import CompiledSweep
+        from tritonopt.compile.fused import CompiledSweep
 
         self._compile_kwargs = kwargs
         self._sweep = partial(CompiledSweep, **kwargs)

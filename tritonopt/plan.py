@@ -79,9 +79,9 @@ class Plan:
         self.geometry = _geometry(written)
         self.guards: Guards | None = None  # faster than the geometry, but not at once
         self.expected: Guards | None = None  # of gradients that need no look, one by one
-        pairs = list(zip(self.params, grads, strict=True))
-        likely = {p.dtype: g.dtype for p, g in pairs if g is not None}
-        self.grad_dtypes = [likely.get(p.dtype, p.dtype) if g is None else g.dtype for p, g in pairs]
+        both = list(zip(self.params, grads, strict=True))
+        likely = {p.dtype: g.dtype for p, g in both if g is not None}
+        self.grad_dtypes = [likely.get(p.dtype, p.dtype) if g is None else g.dtype for p, g in both]
         indices = range(len(self.params))
         self.apart = sorted({*apart, *(i for i in indices if not self._is_in_order(i))})
         self.members: dict[Any, list[int]] = {}  # of each launch or sweep
