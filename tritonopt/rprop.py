@@ -192,11 +192,8 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         if self._option(group, "variant") == "irprop+":
             group.setdefault("last_loss", None)
 
-    def _needs_host_sync(self) -> bool:
-        return any(self._option(group, "variant") == "irprop+" for group in self.param_groups)
-
     def _loss_value(self, loss: Any) -> float | None:
-        if not self._needs_host_sync():
+        if all(self._option(group, "variant") != "irprop+" for group in self.param_groups):
             return None
         if loss is None:
             raise ValueError("variant='irprop+' needs the loss: step(closure) must return it")
@@ -210,9 +207,9 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
                 f"variant='irprop+' needs the loss as one number: step(closure) returned {kind!r}"
             ) from error
 
-    def _see_loss(self, value: float | None) -> None:
-        for unit in self._units if value is not None else ():
-            for group in self.param_groups[unit.first : unit.end]:
+    def _see_loss(self, value: float) -> None:
+        for unit in self._units.units:
+            for group in unit.groups:
                 if self._option(group, "variant") == "irprop+":
                     last, sign = group.get("last_loss"), -1 if group["maximize"] else 1
                     unit.hyper["loss_rose"] = last is not None and sign * value > sign * last
