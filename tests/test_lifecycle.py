@@ -457,10 +457,11 @@ def live(name, program):
         else:
             before = copy.deepcopy(picture(ours))
             errors = happen(ours, event, seed), happen(theirs, event, seed)
+            if "expected dtype" in str(errors[1]):  # which ours may do: torch's lerp mixes none
+                return
             if any(errors):
                 assert type(errors[0]) is type(errors[1]), f"{event}: {errors[0]!r}, {errors[1]!r}"
-                if "dtype" not in str(errors[0]):  # some of the parameters are done then
-                    assert_unchanged_or_equal(name, before, picture(ours), picture(theirs))
+                assert_unchanged_or_equal(name, before, picture(ours), picture(theirs))
                 return
         try:
             assert_equal(name, picture(ours), picture(theirs))
