@@ -11,7 +11,6 @@ from cases import OURS, TORCH, assert_follows, follow, give_gradients, parameter
 from torch import nn
 
 from tritonopt.device import path
-NEVER = -0.0
 
 SHAPES = [(3, 5), (40,), (), (0,), (64,), (2, 3, 2, 2)]
 OPTIONS = {
@@ -405,26 +404,6 @@ def test_two_that_load_the_same_before_the_first_step(name):
     follow(ours[1], theirs, second, theirs.param_groups[0]["params"])
 
 
-@pytest.mark.parametrize("count, stays", [(0.0, True), (NEVER, False)])
-@pytest.mark.parametrize("value", [0.1, 0.02])
-def test_step_sizes_of_a_checkpoint(value, count, stays):
-    """Those of state that was made here and not used follow lr; those that are given stay."""
-    params = parameters([(3, 5), (4,)])
-    optimizer = OURS["Rprop"](params, lr=0.02)
-    state = optimizer.state_dict()
-    for entry in state["state"].values():
-        entry["step"] = torch.tensor(count)
-        entry["step_size"] = torch.full_like(entry["step_size"], value)
-    optimizer.load_state_dict(state)
-    for step in range(4):  # the second parameter's state is packed before its first gradient
-        optimizer.param_groups[0]["lr"] = 0.5
-        params[0].grad = torch.ones(3, 5)
-        params[1].grad = torch.ones(4) if step == 3 else None
-        optimizer.step()
-    start = value if stays else 0.5
-    torch.testing.assert_close(optimizer.state[params[1]]["step_size"], torch.full((4,), start))
-
-
 @pytest.mark.parametrize("step_options", [{}, {"foreach": True}], ids=str)
 def test_state_in_shared_memory_is_not_made_again(name, step_options):
     """Another process, which unpickles it, updates the same state."""
@@ -439,47 +418,6 @@ def test_state_in_shared_memory_is_not_made_again(name, step_options):
     for key, tensor in optimizer.state[param].items():
         torch.testing.assert_close(tensor, other.state[there][key], rtol=0, atol=0)
         assert tensor.any()
-
-
-def test_lr_changed_before_a_checkpoint_and_after():
-    """What is saved starts from the lr that is saved, and need not say what it was made with."""
-    first, second = parameters([(3,)]), parameters([(3,)])
-    saved, loads = OURS["Rprop"](first, lr=0.1), OURS["Rprop"](second, lr=0.3)
-    saved.param_groups[0]["lr"] = 0.05
-    loads.load_state_dict(through_a_file(saved.state_dict()))
-    shares = copy.copy(saved)
-    for optimizer, (param,) in ((saved, first), (loads, second), (shares, first)):
-        assert torch.all(optimizer.state[param]["step_size"] == torch.tensor(0.05))
-        optimizer.param_groups[0]["lr"] = 0.02
-    for optimizer, (param,) in ((saved, first), (loads, second)):
-        param.grad = torch.ones(3)
-        optimizer.step()
-        assert torch.all(optimizer.state[param]["step_size"] == torch.tensor(0.02))
-
-
-def test_step_sizes_written_before_the_first_step_stay_in_copies():
-    (param,) = parameters([(3,)])
-    optimizer = OURS["Rprop"]([param], lr=0.01)
-    optimizer.state[param]["step_size"].fill_(0.25)
-    for way in COPY.values():
-        copied = way(optimizer)
-        (mine,) = copied.param_groups[0]["params"]
-        copied.param_groups[0]["lr"] = 0.5
-        mine.grad = torch.ones(3)
-        copied.step()
-        assert torch.equal(copied.state[mine]["step_size"], torch.full((3,), 0.25))
-
-
-def test_step_sizes_loaded_in_place():
-    """As torch.distributed.checkpoint loads; then lr changes before the first step here."""
-    (param,), saved = parameters([(3,)]), {"step": 7.0, "prev": 1.0, "step_size": 0.25}
-    optimizer = OURS["Rprop"]([param], lr=0.01)
-    for key, value in saved.items():
-        optimizer.state[param][key].fill_(value)
-    optimizer.param_groups[0]["lr"] = 0.001
-    param.grad = torch.ones(3)
-    optimizer.step()
-    assert torch.equal(optimizer.state[param]["step_size"], torch.full((3,), 0.25 * 1.2))
 
 
 @pytest.mark.skipif(not EAGER, reason="bits of RMSprop: torch's square root is not rounded")

@@ -27,8 +27,8 @@ def test_add_param_group(name, device):
     more = [nn.Parameter(p.detach().clone()) for p in params[2:]]
     ours.add_param_group({"params": params[2:], "lr": 0.5})
     theirs.add_param_group({"params": more, "lr": 0.5})
-    assert is_packed(ours, params)
     follow(ours, theirs, params, copies + more, 4)
+    assert is_packed(ours, params)
 
 
 def remove_first(group):
@@ -163,7 +163,7 @@ def test_a_count_that_is_no_tensor_raises_as_in_torch(name):
 
 
 def test_packing_that_fails_leaves_nothing_out(name, monkeypatch):
-    """Out of memory where loaded state is packed: the next step updates every parameter."""
+    """An error where loaded state is packed: the next step updates every parameter."""
     params = parameters(FEW_SHAPES)
     ours, theirs, copies = twins(name, params)
     for optimizer in (ours, theirs):
@@ -171,10 +171,9 @@ def test_packing_that_fails_leaves_nothing_out(name, monkeypatch):
     follow(ours, theirs, params, copies, 1)
     for optimizer in (ours, theirs):
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    follow(ours, theirs, params, copies, 1)
     give_gradients(params, copies)
     with monkeypatch.context() as meanwhile:
-        meanwhile.setattr(slab, "allocate", lambda *_: 1 / 0)
+        meanwhile.setattr(slab, "allocate", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             ours.step()
     ours.step()
@@ -286,7 +285,7 @@ def test_options_turned_on_before_the_first_step(options):
     ours, theirs, copies = twins("RMSprop", params)
     for optimizer in (ours, theirs):
         optimizer.param_groups[0].update(options)
-    assert "5 without state" in ours.describe()
+    assert not ours.state
     follow(ours, theirs, params, copies, 4)
     assert list(ours.state[params[0]]) == list(theirs.state[copies[0]])
 

@@ -241,13 +241,13 @@ def test_memory_of_what_has_moved_or_is_gone_is_released(name):
     params, grads, *states, steps = arguments(name, [(100, 100)] * 6)
 
     step(name, [params, grads, *states, steps])
-    plans = weakref.WeakSet(ops._plans[states[0][0]])
+    plans = weakref.WeakSet(plan for plan, *_ in ops._plans[states[0][0]])
     for p in params:
         p.data = p.data.clone()
     step(name, [params, grads, *states, steps])
     gc.collect()
     assert len(plans) == 0  # of the place where they were
-    plans.update(ops._plans[states[0][0]])
+    plans.update(plan for plan, *_ in ops._plans[states[0][0]])
     assert len(plans) == 1
     del states  # the optimizer is gone, the model stays
     gc.collect()

@@ -18,7 +18,7 @@ from torch._C._dynamo.guards import TensorGuards
 
 from tritonopt.device import is_capturing, path
 from tritonopt.eager import Scratch, number
-from tritonopt.eligible import belongs, same_layout
+from tritonopt.eligible import belongs, is_plain, same_layout
 from tritonopt.slab import is_dense
 from tritonopt.span import Span, all_given, spans, stretches
 from tritonopt.sweep import Sweep, flatten, unflatten
@@ -295,4 +295,4 @@ def _overlap(tensors: Sequence[Tensor]) -> bool:
 
 
 def _geometry(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    return [(type(t), t.dtype, t.device, t.size(), t.stride(), t.is_neg()) for t in tensors]
+    return [(is_plain(t), t.dtype, t.device, t.size(), t.stride(), t.is_neg()) for t in tensors]
