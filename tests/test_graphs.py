@@ -35,7 +35,7 @@ def capture(monkeypatch):
     """A switch: while it is on, every stream says that it records."""
     state = {"on": False}
     kernels = ("kernels.launch", "kernels.tables")
-    for module in ("device", "groups", "bucket", "plan", "first_step", "rprop", *kernels):
+    for module in ("device", "optimizer", "group", "plan", "ops", "rprop", *kernels):
         monkeypatch.setattr(f"tritonopt.{module}.is_capturing", lambda device: state["on"])
     return state
 
@@ -46,9 +46,9 @@ def optimizer_and_launch(name, **kwargs):
         p.grad = torch.randn_like(p)
     optimizer = OURS[name](params, **kwargs)
     optimizer.step()
-    (bucket,) = optimizer._layouts[0].buckets
-    bucket.reserve()
-    return optimizer, bucket.update
+    (part,) = optimizer._units[0].known.plan.parts
+    part.update.reserve()
+    return optimizer, part.update
 
 
 @interpreted
@@ -67,9 +67,8 @@ def test_interpreted_capture_allocates_and_reads_nothing(name, capture, monkeypa
         for method in ("item", "__float__", "__bool__", "tolist", "cpu", "to", "pin_memory"):
             during.setattr(torch.Tensor, method, refuse)
         capture["on"] = True
-        (bucket,) = optimizer._layouts[0].buckets
-        grads = bucket.gradients()
-        bucket.count(grads)
+        ((_, known, grads),) = optimizer._look()
+        known.plan._count(grads, None)
         launch.tables.find(tuple(g.data_ptr() for g in grads))
 
 
@@ -117,19 +116,6 @@ def test_interpreted_captures_need_a_step_before(name, capture):
     launch.tables.find((0, 0))
     with pytest.raises(RuntimeError, match="needs a step outside of it first"):
         launch.tables.find((0, 0))
-
-
-@interpreted
-def test_interpreted_capture_does_not_wait_for_lr(capture, monkeypatch):
-    param = torch.nn.Parameter(torch.ones(3))
-    param.grad = torch.ones(3)
-    optimizer = OURS["Rprop"]([param], lr=torch.tensor(0.01))
-    first = optimizer._layouts[0].first
-    capture["on"] = True
-    with monkeypatch.context() as on_device:
-        on_device.setattr(torch.Tensor, "is_cpu", False, raising=False)
-        with pytest.raises(RuntimeError, match="take the first step before a graph captures one"):
-            first.begin(optimizer.param_groups[0]["lr"], optimizer.state, False)
 
 
 @interpreted

@@ -26,7 +26,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
 import tritonopt
-from tritonopt.compiled import Graph
+from tritonopt.compile.fused import Graph
 
 __all__ = ["fresh"]  # an autouse fixture
 pytestmark = skip_interpreted
@@ -331,13 +331,33 @@ def test_options_that_are_tensors_may_be_written_to(option, kind, backend):
         assert_close(ours, theirs, rtol=1e-4 if backend else 0.0)
 
 
-def test_constants_that_change_often():
+def test_switches_that_change():
     """Each set has a graph with a code of its own, or dynamo's limit would end compiling."""
     (param,) = parameters([(40,)])
     optimizer = tritonopt.RMSprop([param])
     optimizer.compile(backend="eager")
-    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
-        for number in range(5):
-            optimizer.param_groups[0]["weight_decay"] = number / 10
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for number in range(8):
+            group = optimizer.param_groups[0]
+            group["weight_decay"] = 0.1 * (number % 2)
+            group["maximize"], group["eps_in_sqrt"] = bool(number & 2), bool(number & 4)
             param.grad = torch.ones_like(param)
             optimizer.step()
+    assert graphs() == 8
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_that_change_compile_nothing(name, backend, through_dynamo):
+    kwargs = {"momentum": 0.9, "weight_decay": 0.1, "centered": True} if name == "RMSprop" else {}
+    ours, theirs = optimizers(name, parameters(((50,), (60,))), **kwargs)
+    ours.compile(backend=backend)
+    for _ in range(5):
+        step_both(ours, theirs)
+        for optimizer in (ours, theirs):
+            group = optimizer.param_groups[0]
+            for option in CHANGES[name]:
+                if option != "maximize":
+                    group[option] = smaller(group[option])
+    assert_close(ours, theirs, rtol=0.0 if name == "Rprop" else 1e-4)
+    assert graphs() == 1 and (backend != "inductor" or len(through_dynamo) == 1)

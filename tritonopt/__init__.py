@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name == "backend":  # is imported by who asks for it
-        return import_module("tritonopt.backend")
+    modules = {"backend": "tritonopt.compile.backend", "lightning": "tritonopt.lightning"}
+    if name in modules:  # imported by who asks for them
+        return import_module(modules[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,7 +24,8 @@ def table(groups: Sequence[Group], sweep_path: str, packed: bool) -> str:
     rows: list[tuple[str, ...]] = [HEAD]
     notes: list[str] = []
     for index, known in enumerate(groups):
-        rows += [(str(index), *row) for row in (*_native(known, sweep_path, packed), *_fallback(known))]
+        found = *_native(known, sweep_path, packed), *_fallback(known)
+        rows += [(str(index), *row) for row in found]
         notes += [f"group {index}: {note}" for note in _notes(known, packed)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

@@ -76,13 +76,16 @@ def rmsprop_(
     correction: float | None = None,
 ) -> None:
     """For bias correction, `step` is the number of steps with this one, or `correction` what it
-    makes of it, for graphs, which would compute the power for every element."""
+    makes of it, for graphs, which would compute the power for every element.
+
+    Numbers may be tensors where a compiler fuses the rule. Only a float turns weight decay off."""
     if isinstance(lr, Tensor):
         lr = lr.double()  # type: ignore[assignment]  # its products are rounded as a float's
+    decays = isinstance(weight_decay, Tensor) or weight_decay != 0
     if maximize:
         grad = torch.neg(grad, out=scratch.first)
-    if weight_decay != 0 and not decoupled_weight_decay:
-        grad = torch.add(grad, param, alpha=weight_decay, out=scratch.first)
+    if decays and not decoupled_weight_decay:
+        grad = _add(grad, param, weight_decay, scratch.first)
     # sqrt(v / c) is sqrt(v) / sqrt(c): taken out of the denominator, bias correction changes
     # scalars only and costs nothing per element.
     gain, rate, inverse = 1.0, lr, 1.0
@@ -95,7 +98,7 @@ def rmsprop_(
     square_avg.mul_(scratch.number(alpha)).addcmul_(grad, grad, value=1 - alpha)
     avg = square_avg
     if grad_avg is not None:
-        grad_avg.lerp_(grad, 1 - alpha)
+        _lerp_(grad_avg, grad, 1 - alpha)
         avg = torch.addcmul(avg, grad_avg, grad_avg, value=-inverse, out=scratch.second)
         if correction is not None:
             avg.clamp_min_(0)  # exactly 0 at the first step, where rounding may fall below
@@ -103,7 +106,7 @@ def rmsprop_(
         avg = scratch.sqrt(torch.add(avg, scratch.number(eps), out=scratch.second))
     else:
         avg = scratch.sqrt(avg).add_(scratch.number(eps))
-    if weight_decay != 0 and decoupled_weight_decay:
+    if decays and decoupled_weight_decay:
         param.mul_(scratch.number(1 - lr * weight_decay))
     if momentum_buffer is not None:
         scale = -1.0 if lr_in_momentum else -lr
@@ -115,6 +118,16 @@ def rmsprop_(
         param.add_(momentum_buffer, alpha=scale)
     else:
         param.addcdiv_(grad, avg, value=-rate)
+
+
+def _add(x: Tensor, y: Tensor, alpha: float, out: Tensor | None) -> Tensor:
+    if isinstance(alpha, Tensor):
+        return torch.addcmul(x, y, alpha.to(x.dtype))
+    return torch.add(x, y, alpha=alpha, out=out)
+
+
+def _lerp_(start: Tensor, end: Tensor, weight: float) -> None:
+    start.lerp_(end, weight.to(start.dtype) if isinstance(weight, Tensor) else weight)
 
 
 def rprop_(
@@ -141,6 +154,8 @@ def rprop_(
         param.addcmul_(prev.sign_(), step_size)  # on a change of sign: the last update, taken back
     if variant == "rprop-":
         prev.copy_(grad)
+    elif isinstance(etaminus, Tensor):
+        prev.copy_(torch.where(factor > etaminus, grad, 0.0))
     else:
         threshold_backward.grad_input(grad, factor, etaminus, grad_input=prev)
     step_size.mul_(factor).clamp_(step_size_min, step_size_max)

@@ -62,17 +62,19 @@ class Group:
         for index, param in enumerate(self.params):
             entry = state.get(param)
             why = why_not_native(param)
-            if not entry and (param.grad is None or why is None):
-                self.waiting.append(param)
-                continue
-            if param.grad is None and untrained(entry):
+            if why is None:
+                is_bare = not entry or not entry.keys() >= {"step", *rule.used}
+            else:
+                is_bare = not entry and param.grad is None
+            if is_bare or (param.grad is None and untrained(entry)):
                 self.waiting.append(param)
                 continue
             if why is None and group["capturable"] and param.device.type not in _CAPTURABLE:
                 why = f"capturable=True is not for {param.device.type}"  # torch raises
             if why is None and index in shared:
                 why = "overlaps another parameter, or its state does"
-            why = why or self._why_not_counted(entry)
+            if why is None and not isinstance(entry["step"], Tensor):  # type: ignore[index]
+                why = "has a count of steps that is no tensor"  # torch raises
             if why is None:
                 assert entry is not None
                 states = [entry[key] for key in rule.used]
@@ -94,13 +96,6 @@ class Group:
     def _row(self, param: Tensor, entry: Mapping[str, Any] | None) -> list[Tensor]:
         found = [param, *map((entry or {}).get, ("step", *self.rule.used))]
         return [local(tensor) for tensor in found if isinstance(tensor, Tensor)]
-
-    def _why_not_counted(self, entry: Mapping[str, Any] | None) -> str | None:
-        if not entry or not entry.keys() >= {"step", *self.rule.used}:
-            return "lacks some of its state"  # torch raises
-        if not isinstance(entry["step"], Tensor):
-            return "has a count of steps that is no tensor"  # torch raises
-        return None
 
     def lists(self) -> Lists:
         entries, used = self.entries, self.rule.used

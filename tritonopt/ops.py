@@ -40,11 +40,17 @@ Raises:
 
 from __future__ import annotations
 
+import re
+import sys
 import weakref
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import compute_overlapping_tensors
+from torch._ops import OpOverload
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tritonopt import eager, rmsprop, rprop
@@ -164,7 +170,8 @@ def _update(rule: Rule, lists: Lists, **hyper: Any) -> None:
         recent.insert(0, (plan, (rule, lengths), owners))
         del recent[RECENT_PLANS:]
     plan(grads, hyper, reserve=True)
-    torch.autograd.graph.increment_version([*lists.written(), *lists.steps])  # a later backward must notice
+    written = [*lists.written(), *lists.steps]
+    torch.autograd.graph.increment_version(written)  # a later backward must notice
 
 
 def _is_current(plan: Plan, owners: list[weakref.ref[Tensor]]) -> bool:
@@ -211,12 +218,67 @@ def _why_not(param: Tensor, grad: Tensor, states: list[Tensor]) -> str | None:
     )
 
 
+# Compilers see the op as one that returns what it writes: which value was read before it, and which
+# after it, is then said by the graph, and nobody has to find out.
+
+
+def _functionalize(overload: OpOverload, context: Any, *lists: Any, **hyper: Any) -> None:
+    """What a graph gets in place of the op: its functional twin, and the results as new values."""
+    given = context.unwrap_tensors((lists, hyper))
+    _check_aliases(*given)
+    with context.redispatch_to_next():
+        results = _twin(overload)(*given[0], **given[1])
+    written = _written(lists)
+    for tensor, result in zip(written, results, strict=True):
+        context.replace(tensor, result)
+        context.commit_update(tensor)
+        context.sync(tensor)
+    torch.autograd.graph.increment_version(written)  # a backward in the graph must notice
+
+
+def _twin(overload: OpOverload) -> OpOverload:
+    packet = getattr(torch.ops.tritonopt, overload._opname.removesuffix("_"))
+    return getattr(packet, overload._overloadname)  # type: ignore[no-any-return]
+
+
+def _written(lists: Sequence[list[Tensor]]) -> list[Tensor]:
+    return [tensor for number, column in enumerate(lists) if number != 1 for tensor in column]
+
+
+def _check_aliases(lists: Sequence[list[Tensor]], hyper: dict[str, Any]) -> None:
+    """Raises where the order of the writes would matter, which a graph does not keep."""
+    owners: dict[Any, list[Tensor]] = {}
+    for tensor in _written(lists):
+        owners.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+    shared = [same for same in owners.values() if len(same) > 1]
+    reads = [*lists[1], *(x for x in hyper.values() if isinstance(x, Tensor))]
+    for tensor in reads:
+        if tensor.untyped_storage()._cdata in owners:
+            shared += [[other, tensor] for other in owners[tensor.untyped_storage()._cdata]]
+    if any(compute_overlapping_tensors(same) for same in shared):
+        raise NotImplementedError(
+            "tritonopt: in a compiled graph, what an op writes may share memory with nothing else "
+            "that it takes"
+        )
+
+
+def _functional(overload: OpOverload, *lists: Any, **hyper: Any) -> list[Tensor]:
+    params, grads, *others = lists
+    params, *others = [[tensor.clone() for tensor in column] for column in (params, *others)]
+    overload(params, grads, *others, **hyper)
+    return [*params, *(tensor for column in others for tensor in column)]
+
+
+def _functional_fake(*lists: Any, **hyper: Any) -> list[Tensor]:
+    if "torch._inductor.lowering" in sys.modules:  # the graph may become one of Inductor's
+        from tritonopt.compile import lowering
+
+        lowering.register()
+    return [torch.empty_like(tensor) for tensor in _written(lists)]
+
+
 def _fake(*args: Any, **kwargs: Any) -> None:
     """Nothing is returned; what is written is in the schema."""
-    if torch._guards.TracingContext.try_get() is not None:
-        from tritonopt.copies import keep_in_this_compilation  # imports Inductor
-
-        keep_in_this_compilation()
 
 
 for _name, _schema in SCHEMAS.items():
@@ -225,3 +287,12 @@ for _name, _schema in SCHEMAS.items():
     for _key in ("CPU", "CUDA", "XPU"):
         _library.impl(_name, _implementation, _key)
     torch.library.register_fake(f"tritonopt::{_name}", _fake, lib=_library)
+
+    _packet, _, _kind = _name.partition(".")
+    _overload = getattr(getattr(torch.ops.tritonopt, _packet), _kind or "default")
+    _overload.py_functionalize_impl(partial(_functionalize, _overload))
+    _name = _name.replace("_", "", 1)
+    _schema = re.sub(r"\(\w!\)", "", _schema).replace("-> ()", "-> Tensor[]")
+    _library.define(_name + _schema, tags=[torch.Tag.cudagraph_unsafe])
+    _library.impl(_name, partial(_functional, _overload), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"tritonopt::{_name}", _functional_fake, lib=_library)

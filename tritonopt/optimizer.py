@@ -25,9 +25,9 @@ from tritonopt.device import is_capturing, path
 from tritonopt.eligible import why_not_native
 from tritonopt.group import Group, Stale
 from tritonopt.plan import Rule
-from tritonopt.span import all_given
 from tritonopt.scaling import NONE, Scaling, scaled, scaling, total_norm
 from tritonopt.shard import is_sharded, local
+from tritonopt.span import all_given
 from tritonopt.sweep import Sweep
 
 _HAS_ACCELERATOR = torch.accelerator.current_accelerator() is not None
@@ -189,8 +189,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _start(self, group: dict[str, Any], entry: Any) -> None:
         """Starts untrained state."""
 
-    def _see_loss(self, loss: Any) -> None:
-        """Called once per step, before anything is updated, with what the closure returned."""
+    def _loss_value(self, loss: Any) -> float | None:
+        """The loss as a rule needs it; raises where it has none. Called before anything else."""
+        return None
+
+    def _see_loss(self, value: float | None) -> None:
+        """Called once per step that is not skipped, before anything is updated."""
 
     def _needs_host_sync(self) -> bool:
         """Whether the host must know, before anything is updated, that a step is not skipped."""
@@ -244,10 +248,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
+            value = self._loss_value(loss)
             work = self._look()
             scaling = None if work is None else self._scaling(work)
             if work is not None and scaling is not None:
-                self._see_loss(loss)
+                self._see_loss(value)
                 for unit, known, grads in work:
                     self._update_unit(unit, known, grads, scaling)
         finally:
@@ -291,9 +296,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         fixed = all(_is_fixed(value) for row in values for value in row)
         for group in self.param_groups:
             self._check(group)
-        joins = [fixed and values[i] == values[i - 1] for i in range(count)]  # the first: any
-        joins = [j and not self._why_torch(g) for j, g in zip(joins, self.param_groups, strict=True)]
-        firsts = [i for i in range(count) if i == 0 or not joins[i]]
+        alike = [fixed and values[i] == values[i - 1] for i in range(count)]
+        ours = [not self._why_torch(group) for group in self.param_groups]
+        firsts = [i for i in range(count) if i == 0 or not (alike[i] and ours[i])]
         known = {(unit.first, unit.end, unit.flags): unit.known for unit in self._units}
         self._units = [
             self._unit(first, end)
@@ -334,6 +339,10 @@ class FusedOptimizer(torch.optim.Optimizer):
                     kind = "sparse" if param.grad.is_sparse else str(layout)
                     title = unit.flags[0].title
                     raise RuntimeError(f"{title} does not support {kind} gradients")
+                entry = self.state.get(param) if not unit.flags[1] else None
+                for key in ("step", *unit.flags[0].used) if entry else ():
+                    if key not in entry and why_not_native(param) is None:  # type: ignore[operator]
+                        raise KeyError(key)  # as torch does
             bare.append([p for p in given if not self.state.get(p)])
         if any(bare):
             skip = vars(self).get("found_inf") if has_fused_amp(self) else None
@@ -478,7 +487,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             >>> optimizer.compile()
             >>> optimizer.step()
         """
-        from tritonopt.compiled import CompiledSweep
+        from tritonopt.compile.fused import CompiledSweep
 
         self._compile_kwargs = kwargs
         self._sweep = partial(CompiledSweep, **kwargs)

@@ -6,7 +6,7 @@ them. A plan is good as long as everything that it writes lies where it lay, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from itertools import chain, compress, repeat
 from operator import gt, is_, is_not
@@ -79,11 +79,9 @@ class Plan:
         self.geometry = _geometry(written)
         self.guards: Guards | None = None  # faster than the geometry, but not at once
         self.expected: Guards | None = None  # of gradients that need no look, one by one
-        likely = {p.dtype: g.dtype for p, g in zip(self.params, grads, strict=True) if g is not None}
-        self.grad_dtypes = [
-            likely.get(p.dtype, p.dtype) if g is None else g.dtype
-            for p, g in zip(self.params, grads, strict=True)
-        ]
+        both = list(zip(self.params, grads, strict=True))
+        likely = {p.dtype: g.dtype for p, g in both if g is not None}
+        self.grad_dtypes = [likely.get(p.dtype, p.dtype) if g is None else g.dtype for p, g in both]
         indices = range(len(self.params))
         self.apart = sorted({*apart, *(i for i in indices if not self._is_in_order(i))})
         self.members: dict[Any, list[int]] = {}  # of each launch or sweep

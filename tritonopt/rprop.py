@@ -195,21 +195,23 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
     def _needs_host_sync(self) -> bool:
         return any(self._option(group, "variant") == "irprop+" for group in self.param_groups)
 
-    def _see_loss(self, loss: Any) -> None:
+    def _loss_value(self, loss: Any) -> float | None:
         if not self._needs_host_sync():
-            return
+            return None
         if loss is None:
             raise ValueError("variant='irprop+' needs the loss: step(closure) must return it")
         if isinstance(loss, Tensor) and is_capturing(loss.device):
             raise RuntimeError("variant='irprop+' compares losses on the host: no graph can do it")
         try:
-            value = float(loss.detach() if isinstance(loss, Tensor) else loss)
+            return float(loss.detach() if isinstance(loss, Tensor) else loss)
         except (TypeError, ValueError, RuntimeError) as error:
             kind = f"a tensor of size {tuple(loss.size())}" if isinstance(loss, Tensor) else loss
             raise ValueError(
                 f"variant='irprop+' needs the loss as one number: step(closure) returned {kind!r}"
             ) from error
-        for unit in self._units:
+
+    def _see_loss(self, value: float | None) -> None:
+        for unit in self._units if value is not None else ():
             for group in self.param_groups[unit.first : unit.end]:
                 if self._option(group, "variant") == "irprop+":
                     last, sign = group.get("last_loss"), -1 if group["maximize"] else 1

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from math import isfinite
 from operator import itemgetter
-from types import FunctionType
+from types import FunctionType, NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,13 +18,9 @@ from torch import Tensor
 from torch._C._dynamo.guards import GlobalStateGuard
 from torch._dynamo import eval_frame
 
+from tritonopt.compile.inductor import inductor, trust_processor
 from tritonopt.eager import Scratch
-from tritonopt.inductor import inductor, trust_processor
-IMMUTABLE = (int, float, str, type(None))
 from tritonopt.sweep import RECENT_ROOMS, SERIAL, Sweep
-
-LIVE = ("lr", "momentum", "correction")
-"""What changes from step to step: tensors of the graph. Other hyperparameters are its constants."""
 
 SERIAL_LOOP, PARALLEL_LOOP = {"cpp.threads": 1}, {"cpp.dynamic_threads": True}
 """Of Inductor, which lets the first size that it compiles for decide for all, on disk even."""
@@ -79,7 +75,7 @@ class CompiledSweep(Sweep):
             ran = graph.run(self.rule, self.dtype, bare, grad, live)
         if ran is None:
             return None
-        numbers = {name: value for name, value in live.items() if name in LIVE}
+        numbers = {name: value for name, value in live.items() if isinstance(value, Tensor)}
         order = _order(ran.inputs, [numel, *numbers.values(), grad, *bare])
         return None if order is None else Shortcut(ran.code, order, numel, numbers, hyper)
 
@@ -87,7 +83,8 @@ class CompiledSweep(Sweep):
 def _immutable(hyper: dict[str, Any]) -> dict[str, Any]:
     """With the values that tensors have now, and with the scalar that `step` makes for a loop."""
     values: dict[str, Any] = {
-        name: v if isinstance(v, IMMUTABLE) else float(v) for name, v in hyper.items()
+        name: v if isinstance(v, (int, float, str, NoneType)) else float(v)
+        for name, v in hyper.items()
     }
     if "step" in values:
         values["correction"] = 1 - values["alpha"] ** values.pop("step")
@@ -103,10 +100,15 @@ def _bare(tensor: Tensor) -> Tensor:
     return torch.from_dlpack(torch.utils.dlpack.to_dlpack(tensor))
 
 
+def _is_constant(name: str, value: Any) -> bool:
+    """Whether the value decides about the graph. Other numbers are its inputs."""
+    return isinstance(value, (bool, str, NoneType)) or (name == "weight_decay" and value == 0)
+
+
 def _input(name: str, value: Any) -> Any:
-    if name in LIVE:
-        return torch.tensor(float(value), dtype=torch.float64, device="cpu")
-    return float(value) if type(value) is int else value  # an integer would be a symbol
+    if _is_constant(name, value):
+        return value
+    return torch.tensor(float(value), dtype=torch.float64, device="cpu")
 
 
 class Graph:
@@ -184,7 +186,9 @@ class Shortcut:
     def _take_over(self, hyper: dict[str, Any]) -> bool:
         """Makes other numbers its inputs, if nothing else has changed."""
         changed = {name: value for name, value in hyper.items() if value != self.hyper[name]}
-        if not all(name in LIVE and isfinite(value) for name, value in changed.items()):
+        if any(_is_constant(name, value) or not isfinite(value) for name, value in changed.items()):
+            return False
+        if not changed.keys() <= self.numbers.keys():
             return False
         self.numbers.update({name: _input(name, value) for name, value in changed.items()})
         self.hyper = hyper

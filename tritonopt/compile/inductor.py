@@ -20,21 +20,13 @@ def inductor(
     *,
     mode: str | None = None,
     options: dict[str, Any] | None = None,
-    has_ops: bool = False,
 ) -> Callable[..., Any]:
-    """What `torch.compile` does with a graph of dynamo if no backend is named.
-
-    `has_ops`: whether there are ops of ours in it.
-    """
+    """What `torch.compile` does with a graph of dynamo if no backend is named."""
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     given = {name.replace("-", "_"): value for name, value in (options or {}).items()}
     patches = {**(list_mode_options(mode) if mode else {}), **given}
-    if has_ops:
-        from tritonopt.copies import keep_in_this_compilation
-
-        keep_in_this_compilation()
     return compile_fx(module, inputs, config_patches=patches)  # type: ignore[return-value,arg-type]
 
 
