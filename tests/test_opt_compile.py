@@ -206,14 +206,14 @@ def test_guards_are_asked_where_torch_is_set_otherwise(through_dynamo):
     assert_close(ours, theirs, rtol=1e-3)
 
 
-def test_guards_are_asked_about_what_is_not_a_number(through_dynamo):
+def test_numbers_that_are_none(through_dynamo):
     ours, theirs = optimizers("RMSprop", parameters(((50,), (60,))))
     ours.compile()
-    for lr, count in [(1e-2, 1), (float("inf"), 2), (float("nan"), 3), (1e-3, 3)]:
+    for lr in (1e-2, float("inf"), float("nan"), 1e-3):
         for optimizer in (ours, theirs):
             optimizer.param_groups[0]["lr"] = lr
         step_both(ours, theirs)
-        assert len(through_dynamo) == count
+    assert len(through_dynamo) == 1
     for p, q in pairs(ours, theirs):
         torch.testing.assert_close(p, q, equal_nan=True)
 
@@ -352,7 +352,7 @@ def test_numbers_that_change_compile_nothing(name, backend, through_dynamo):
     kwargs = {"momentum": 0.9, "weight_decay": 0.1, "centered": True} if name == "RMSprop" else {}
     ours, theirs = optimizers(name, parameters(((50,), (60,))), **kwargs)
     ours.compile(backend=backend)
-    for _ in range(5):
+    for _ in range(4):
         step_both(ours, theirs)
         for optimizer in (ours, theirs):
             group = optimizer.param_groups[0]

@@ -78,7 +78,7 @@ def rmsprop_(
     """For bias correction, `step` is the number of steps with this one, or `correction` what it
     makes of it, for graphs, which would compute the power for every element.
 
-    Numbers may be tensors where a compiler fuses the rule. Only a float turns weight decay off."""
+    A fused loop has tensors for numbers. Only a float turns weight decay off."""
     if isinstance(lr, Tensor):
         lr = lr.double()  # type: ignore[assignment]  # its products are rounded as a float's
     decays = isinstance(weight_decay, Tensor) or weight_decay != 0
@@ -127,7 +127,10 @@ def _add(x: Tensor, y: Tensor, alpha: float, out: Tensor | None) -> Tensor:
 
 
 def _lerp_(start: Tensor, end: Tensor, weight: float) -> None:
-    start.lerp_(end, weight.to(start.dtype) if isinstance(weight, Tensor) else weight)
+    if isinstance(weight, Tensor):  # below 0.5, see `_is_constant` in compile/fused.py
+        start.addcmul_(end - start, weight.to(start.dtype))
+    else:
+        start.lerp_(end, weight)
 
 
 def rprop_(
