@@ -103,7 +103,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if max_grad_norm is not None:
             self.max_grad_norm = max_grad_norm
         super().__init__(params, *args, **kwargs)
-        if fused_amp and self.defaults["differentiable"]:
+        if fused_amp and self.defaults.get("differentiable", False):
             raise RuntimeError("`fused_amp` does not support `differentiable`")
         self._begin(options or {})
 
@@ -113,8 +113,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         options = {name: v for name, v in options.items() if v != self._options[name]}
         self.defaults.update(options)
         for group in self.param_groups:
-            for name in ("capturable", "differentiable", "foreach"):
-                group.setdefault(name, None if name == "foreach" else False)
             for name, value in options.items():
                 group.setdefault(name, value)
             self._check(group)
@@ -181,7 +179,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if param.grad is None:
                 continue
             if not self.state.get(param):
-                make_state(self.state, [param], starts, self._like_gradient, group["capturable"])
+                make_state(self.state, [param], starts, self._like_gradient, False)
             entry = self.state[param]
             entry["step"].add_(1)
             step = {"step": float(entry["step"])} if rule.takes_step else {}
@@ -190,9 +188,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _why_torch(self, group: dict[str, Any]) -> str | None:
         """Why a group is left to torch as a whole; None if it is not."""
-        if group["differentiable"]:
+        if group.get("differentiable"):
             return "differentiable=True"
-        if group["foreach"] is not None:
+        if group.get("foreach") is not None:
             return f"foreach={group['foreach']}"
         return why_watched()
 
@@ -318,15 +316,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         group = unit.group
         if known.fallback:
             params = [param for param, _ in known.fallback]
-            foreach = group["foreach"] or False  # one after the other, as overlapping tensors need
-            differentiable = self.defaults["differentiable"]
+            foreach = group.get("foreach") or False  # one after the other, as overlapping tensors need
+            differentiable = self.defaults.get("differentiable", False)
             with torch.set_grad_enabled(differentiable), scaled(params, scaling.factor):
                 self.update_by_torch({**group, "params": params, "foreach": foreach})
         if known.plan is None:
             return
         changed = known.written(None if all_given(grads) else grads)
         if changed:
-            known.plan(grads, unit.hyper, *scaling, reserve=group["capturable"])
+            known.plan(grads, unit.hyper, *scaling, reserve=unit.flags.capturable)
             torch.autograd.graph.increment_version(changed)  # a later backward must notice
 
     def compile(self, **kwargs: Any) -> None:

@@ -134,11 +134,11 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         return float(group["lr"]) if key == "step_size" else 0.0
 
     def update_by_torch(self, group: dict[str, Any]) -> None:
-        lists: list[list[Tensor]] = [[] for _ in range(5)]
+        lists: list[Any] = [[] for _ in range(5)]
         has_complex = bool(self._init_group(group, *lists))
         names = ("foreach", "differentiable", "capturable", "maximize")
-        options = {name: group[name] for name in names}
-        rprop(*lists, has_complex=has_complex, **_torch_limits(group), **options)
+        options: Any = {name: group[name] for name in names}
+        rprop(*lists, has_complex=has_complex, **_torch_limits(group), **options)  # type: ignore[misc]
 
     def _check(self, group: dict[str, Any]) -> None:
         if self._option(group, "variant") not in VARIANTS:
