@@ -1,7 +1,5 @@
 """A third rule, as a researcher would write it: Lion (Chen et al., 2023, arXiv:2302.06675)."""
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
@@ -41,7 +39,7 @@ def lion_block(
 @triton.jit
 def lion_kernel(
     table_ptr, programs_ptr, factor_ptr, skip_ptr,
-    lr: fp64, beta1: fp64, beta2: fp64, weight_decay: fp64,
+    lr: "fp64", beta1: "fp64", beta2: "fp64", weight_decay: "fp64",
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip

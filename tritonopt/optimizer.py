@@ -316,7 +316,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         group = unit.group
         if known.fallback:
             params = [param for param, _ in known.fallback]
-            foreach = group.get("foreach") or False  # one after the other, as overlapping tensors need
+            # By default one after the other, as overlapping tensors need.
+            foreach = group.get("foreach") or False
             differentiable = self.defaults.get("differentiable", False)
             with torch.set_grad_enabled(differentiable), scaled(params, scaling.factor):
                 self.update_by_torch({**group, "params": params, "foreach": foreach})
