@@ -46,7 +46,7 @@ def optimizer_and_launch(name, **kwargs):
         p.grad = torch.randn_like(p)
     optimizer = OURS[name](params, **kwargs)
     optimizer.step()
-    (part,) = optimizer._units[0].known.plan.parts
+    (part,) = optimizer._units.units[0].known.plan.parts
     part.update.reserve()
     return optimizer, part.update
 
@@ -67,7 +67,7 @@ def test_interpreted_capture_allocates_and_reads_nothing(name, capture, monkeypa
         for method in ("item", "__float__", "__bool__", "tolist", "cpu", "to", "pin_memory"):
             during.setattr(torch.Tensor, method, refuse)
         capture["on"] = True
-        ((_, known, grads),) = optimizer._look()
+        ((_, known, grads),) = optimizer._units.look(None)
         known.plan._count(grads, None)
         launch.tables.find(tuple(g.data_ptr() for g in grads))
 

@@ -14,6 +14,7 @@ from cases import OURS, TORCH, assert_follows, follow, give_gradients, parameter
 from torch import Tensor, nn
 
 from tritonopt import plan, sweep
+from tritonopt.device import INTERPRET
 
 SHAPES = [(3, 5), (40,), (), (64,), (7,)]
 
@@ -135,15 +136,21 @@ def test_a_plan_follows(name, change, counted):
 
 
 def _bytes_alive():
+    """Of all tensors; a slab and its pieces are the same memory."""
     gc.collect()
     tensors = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter)]
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    storages = [t.untyped_storage() for t in tensors]
+    total = end = 0
+    for start, stop in sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages):
+        total += max(stop - max(start, end), 0)
+        end = max(stop, end)
+    return total
 
 
 @pytest.mark.parametrize("how", ["groups", "optimizers"])
 def test_scratch_does_not_add_up(name, how):
     def kept(count):
+        before = _bytes_alive()
         params = [nn.Parameter(torch.ones(2**15)) for _ in range(count)]
         for param in params:
             param.grad = torch.ones_like(param)
@@ -158,10 +165,8 @@ def test_scratch_does_not_add_up(name, how):
         own = sum(t.numel() * t.itemsize for t in [*params, *params, *tensors])
         return _bytes_alive() - before - own
 
-    before = 0
     kept(2)  # scratch and constants of the process are there from now on
-    before = _bytes_alive()
-    assert kept(12) < 2 * 2**15 * 4
+    assert kept(12) < 2**15 * 4
 
 
 @pytest.mark.parametrize("steps", [0, 2])
@@ -351,6 +356,7 @@ def test_threads_share_no_scratch():
     assert len(set().union(*places)) == sum(map(len, places))
 
 
+@pytest.mark.skipif(INTERPRET, reason="triton's interpreter is for one thread")
 @pytest.mark.parametrize("shared", [False, True], ids=["own optimizers", "one optimizer"])
 def test_threads(name, shared):
     """Of one optimizer without a lock, an update may be lost, but none is of the wrong size."""

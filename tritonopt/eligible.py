@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from tritonopt.device import path
 from tritonopt.shard import local, same_shards
@@ -14,6 +16,17 @@ from tritonopt.slab import is_dense
 HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 
 BAD_GRADIENT = "has a gradient of another type, device or shape"
+
+
+def why_watched() -> str | None:
+    """Whether a mode watches operators, which it would have to see on the very tensors."""
+    if torch._C._len_torch_dispatch_stack():
+        return "a TorchDispatchMode"
+    if torch._C._len_torch_function_stack():
+        for mode in _get_current_function_mode_stack():
+            if not isinstance(mode, DeviceContext):  # `torch.set_default_device` is one
+                return "a TorchFunctionMode"
+    return None
 
 
 def is_plain(tensor: Tensor) -> bool:

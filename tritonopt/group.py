@@ -69,7 +69,7 @@ class Group:
             if is_bare or (param.grad is None and untrained(entry)):
                 self.waiting.append(param)
                 continue
-            if why is None and group["capturable"] and param.device.type not in _CAPTURABLE:
+            if why is None and group.get("capturable") and param.device.type not in _CAPTURABLE:
                 why = f"capturable=True is not for {param.device.type}"  # torch raises
             if why is None and index in shared:
                 why = "overlaps another parameter, or its state does"

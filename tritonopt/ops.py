@@ -181,7 +181,8 @@ def _is_current(plan: Plan, owners: list[weakref.ref[Tensor]]) -> bool:
 
 
 def _plan(rule: Rule, lists: Lists) -> Plan:
-    params, grads, columns, steps = lists
+    params, columns, steps = lists.params, lists.columns, lists.steps
+    grads: Any = lists.grads
     name = f"{rule.title.lower()}_"
     used = [column for column in columns if column]
     if {len(params)} != {len(column) for column in (params, grads, *used)}:
@@ -194,7 +195,7 @@ def _plan(rule: Rule, lists: Lists) -> Plan:
         states = [column[index] for column in used]
         if any(tensor.size() != param.size() for tensor in (grad, *states)):
             raise ValueError(f"{name}: a gradient or state has not the size of parameter {index}")
-        why = _why_not(param, grad, states)  # type: ignore[arg-type]
+        why = _why_not(param, grad, states)
         if why is not None:
             raise NotImplementedError(f"{name}: parameter {index} {why}")
     if overlapping(zip(*used, strict=True)) or overlapping([step] for step in steps):

@@ -1,66 +1,89 @@
-"""The step that all optimizers share: each param group is one plan, made anew where it must be."""
+"""The step that all optimizers share, and how to write another one.
+
+A rule that updates every element by itself becomes an optimizer in three parts. Launches, slabs,
+checkpoints, missing gradients, moved parameters, clipping, `compile()` and `describe()` come along.
+
+1. **The rule in plain torch.** It gets flat tensors of one dtype (fp32, or fp64 for fp64
+   parameters): parameter, gradient, the state in the rule's order, and
+   :class:`~tritonopt.eager.Scratch`. It writes the parameter and the state in place, never the
+   gradient. It defines correctness, runs on a CPU, and is what `compile()` compiles: there, numbers
+   are 0-dim tensors (but a `weight_decay` of 0), and `scratch` holds nothing.
+
+       def sign_(param, grad, momentum_buffer, scratch, *, lr, momentum):
+           momentum_buffer.mul_(momentum).add_(grad)
+           param.sub_(torch.sign(momentum_buffer) * lr)
+
+2. **The kernel**, for GPUs and the interpreter, and what launches it: read `kernels/rprop.py`, and
+   `rprop_` in `kernels/launch.py`. A kernel takes the table of addresses (a row: numel, parameter,
+   gradient, states), the list of programs, a factor of gradients and a flag to skip (both may be
+   None), numbers, switches, and the dtypes PARAM, GRAD, STATE, COMPUTE and BLOCK.
+
+       def launch_sign_(launch, table, grad_dtype, *, lr, momentum):
+           pointers = table, launch.programs, launch.factor, launch.skip
+           launch.run(sign_kernel, pointers, (lr, momentum), (), grad_dtype)
+
+3. **The class.**
+
+       class Sign(FusedOptimizer):
+           _names = ("lr", "momentum")  # the options that a step looks at
+
+           def __init__(self, params, lr=1e-3, momentum=0.9):
+               super().__init__(params, {"lr": lr, "momentum": momentum})
+
+           def rule(self, group):
+               keys = ("momentum_buffer",)
+               return Rule("Sign", sign_, lambda: launch_sign_, state=keys, used=keys)
+
+           def hyper(self, group):
+               return {"lr": group["lr"], "momentum": group["momentum"]}
+
+`Rule`, `Scratch` and this class with `rule`, `hyper`, `initial`, `update_by_torch` and `_names` are
+stable. Parameters that no launch takes (complex, sparse, subclasses) are updated one by one by the
+eager rule, unless `update_by_torch` says how.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame
 from torch.autograd import _profiler_enabled
-from torch.optim.optimizer import (
-    _get_scalar_dtype,
-    _global_optimizer_post_hooks,
-    _global_optimizer_pre_hooks,
-)
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from tritonopt import slab
 from tritonopt.describe import table
-from tritonopt.device import is_capturing, path
-from tritonopt.eligible import why_not_native
-from tritonopt.group import Group, Stale
-from tritonopt.plan import Rule
+from tritonopt.device import path
+from tritonopt.eligible import why_watched
+from tritonopt.group import Group
+from tritonopt.plan import Rule, update_alone
 from tritonopt.scaling import NONE, Scaling, scaled, scaling, total_norm
-from tritonopt.shard import is_sharded, local
 from tritonopt.span import all_given
+from tritonopt.state import make_state, pack_on_accelerator
 from tritonopt.sweep import Sweep
+from tritonopt.units import Unit, Units, has_fused_amp
+
+__all__ = ["FusedOptimizer", "Rule"]
 
 _HAS_ACCELERATOR = torch.accelerator.current_accelerator() is not None
 """Whether this torch is built for one, which a graph may be capturing on."""
 
-_SCALAR = torch.empty((), device="meta")
-
-
-class Unit:
-    """Neighbouring param groups, `first` to `end`, that have the same options."""
-
-    known: Group | None = None  # how they lay when they were last looked at
-
-    def __init__(self, first: int, end: int, flags: tuple[Any, ...], hyper: dict[str, Any]) -> None:
-        self.first, self.end = first, end
-        self.flags = flags  # rule, why all is left to torch, capturable
-        self.hyper = hyper
-
 
 class FusedOptimizer(torch.optim.Optimizer):
-    """Mixed in before one of torch's optimizers: validation, texts and old checkpoints are its."""
+    """A base of optimizers whose rule updates every element by itself: see the module's docstring.
+
+    Mixed in before one of torch's optimizers, it leaves validation, texts and old checkpoints to
+    that one.
+    """
 
     _names: tuple[str, ...]  # of the options that a step looks at
     _options: dict[str, Any] = {}  # that torch does not have, with the values of torch's rule
     _like_gradient: tuple[str, ...] = ()  # state that torch makes in the gradient's dtype
     _sweep: Callable[..., Sweep] = Sweep
     _compile_kwargs: dict[str, Any] | None = None
-    _packed = False  # whether what lies on a CPU has been offered a place in slabs
-    # Caches, verified at every step: units, the options that they were made of, and keys and values
-    # of the state that they know.
-    _units: Sequence[Unit] = ()
-    _values: list[Any] | None = None
-    _known: tuple[list[Any], list[Any]] = ([], [])
+    _units: Units
     max_grad_norm: float | None = None  # over all groups
     grad_norm: Tensor | None = None  # before clipping, of the last step with max_grad_norm
 
@@ -80,7 +103,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if max_grad_norm is not None:
             self.max_grad_norm = max_grad_norm
         super().__init__(params, *args, **kwargs)
-        if fused_amp and self.defaults["differentiable"]:
+        if fused_amp and self.defaults.get("differentiable", False):
             raise RuntimeError("`fused_amp` does not support `differentiable`")
         self._begin(options or {})
 
@@ -93,22 +116,21 @@ class FusedOptimizer(torch.optim.Optimizer):
             for name, value in options.items():
                 group.setdefault(name, value)
             self._check(group)
-        self._forget()
-        self._packed = False
+        self._units = Units(self)
         for group in self.param_groups:
-            self._pack_on_accelerator(group)
+            if not self._why_torch(group):
+                pack_on_accelerator(group["params"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        built = "_packed" in vars(self)  # not while the constructor adds the first groups
+        built = "_units" in vars(self)  # not while the constructor adds the first groups
         if built and isinstance(param_group, dict):
             self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
         if built:
-            self._pack_on_accelerator(self.param_groups[-1])
-            self._packed = False
-
-    def _forget(self) -> None:
-        self._units, self._values, self._known = (), None, ([], [])
+            self._units.packed = False
+            group = self.param_groups[-1]
+            if not self._why_torch(group):
+                pack_on_accelerator(group["params"])
 
     def __getstate__(self) -> dict[str, Any]:
         names = {"max_grad_norm", "_step_supports_amp_scaling", "_compile_kwargs"}
@@ -122,8 +144,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             for name in self._options:  # which a checkpoint of torch's optimizer does not know
                 if name in old:
                     group.setdefault(name, old[name])
-        self._forget()
-        self._packed = False
+        self._units = Units(self)
         if has_fused_amp(self):  # a skipped step is not counted, which only the device knows
             for param, entry in self.state.items():
                 if isinstance(param, Tensor) and isinstance(entry.get("step"), Tensor):
@@ -139,10 +160,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     # What a subclass says of its rule.
 
     def rule(self, group: dict[str, Any]) -> Rule:
+        """The rule that the options of a param group ask for."""
         raise NotImplementedError
 
     def hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The rule's keyword arguments."""
+        """The rule's keyword arguments: numbers, booleans and strings."""
         raise NotImplementedError
 
     def initial(self, key: str, group: dict[str, Any]) -> float:
@@ -150,16 +172,27 @@ class FusedOptimizer(torch.optim.Optimizer):
         return 0.0
 
     def update_by_torch(self, group: dict[str, Any]) -> None:
-        """One step of the group by torch's functional implementation."""
-        raise NotImplementedError
+        """A step of all parameters of `group` by torch's functions: here, by the eager rule."""
+        rule, hyper = self.rule(group), self.hyper(group)
+        starts = {key: self.initial(key, group) for key in rule.used}
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            if not self.state.get(param):
+                make_state(self.state, [param], starts, self._like_gradient, False)
+            entry = self.state[param]
+            entry["step"].add_(1)
+            step = {"step": float(entry["step"])} if rule.takes_step else {}
+            states = [entry[key] if key in rule.used else None for key in rule.state]
+            update_alone(rule, param, param.grad, states, {**hyper, **step})
 
     def _why_torch(self, group: dict[str, Any]) -> str | None:
         """Why a group is left to torch as a whole; None if it is not."""
-        if group["differentiable"]:
+        if group.get("differentiable"):
             return "differentiable=True"
-        if group["foreach"] is not None:
+        if group.get("foreach") is not None:
             return f"foreach={group['foreach']}"
-        return _why_watched()
+        return why_watched()
 
     def _check(self, group: dict[str, Any]) -> None:
         """Raises ValueError where an option has a wrong value or does not go with another."""
@@ -182,23 +215,25 @@ class FusedOptimizer(torch.optim.Optimizer):
                 return f"{name}={self._option(group, name)!r}"
         return None
 
+    # Of use to Rprop alone.
+
+    def _is_dummy_step(self, bare: Sequence[Tensor]) -> bool:
+        """Whether somebody only wants the state made, as `get_optimizer_state_dict` does."""
+        return False
+
     def _is_untrained(self, entry: Any) -> bool:
-        """Whether state has been made, but says that it is still to be started from the options."""
+        """Whether state was made by a dummy step and is to be started from the options."""
         return False
 
     def _start(self, group: dict[str, Any], entry: Any) -> None:
         """Starts untrained state."""
 
     def _loss_value(self, loss: Any) -> float | None:
-        """The loss as a rule needs it; raises where it has none. Called before anything else."""
+        """The loss, where the host must know it; raises where it cannot. Called before all else."""
         return None
 
-    def _see_loss(self, value: float | None) -> None:
-        """Called once per step that is not skipped, before anything is updated."""
-
-    def _needs_host_sync(self) -> bool:
-        """Whether the host must know, before anything is updated, that a step is not skipped."""
-        return False
+    def _see_loss(self, value: float) -> None:
+        """Called before anything is updated, if the step is not skipped."""
 
     # The step.
 
@@ -245,231 +280,52 @@ class FusedOptimizer(torch.optim.Optimizer):
         if _HAS_ACCELERATOR:
             self._accelerator_graph_capture_health_check()
         self._opt_called = True
+        amp = vars(self) if has_fused_amp(self) else {}
         enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
             value = self._loss_value(loss)
-            work = self._look()
-            scaling = None if work is None else self._scaling(work)
-            if work is not None and scaling is not None:
+            work = self._units.look(amp.get("found_inf"))
+            scaling = None if work is None else self._scaling(work, amp, value is not None)
+            if work is None or scaling is None:
+                return
+            if value is not None:
                 self._see_loss(value)
-                for unit, known, grads in work:
-                    self._update_unit(unit, known, grads, scaling)
+            for unit, known, grads in work:
+                self._update_unit(unit, known, grads, scaling)
         finally:
             torch._C._set_grad_enabled(enabled)
 
-    def _look(self) -> list[tuple[Unit, Group, Sequence[Tensor | None]]] | None:
-        """What is known of the groups, and the gradients that a plan needs; None: do nothing."""
-        self._divide()
-        keys, values = self._known
-        state: Any = self.state
-        if (
-            len(state) == len(keys)
-            and all(map(is_, state, keys))
-            and all(map(is_, state.values(), values))
-        ):
-            state = None
-        stale, work = [], []
-        for unit in self._units:
-            try:
-                if unit.known is None or unit.known.provisional:
-                    raise Stale
-                work.append((unit, unit.known, unit.known.gradients(self._params(unit), state)))
-            except Stale:
-                stale.append(unit)
-        if stale and not self._look_again(stale):
-            return None
-        if stale or state is not None:
-            self._known = [*self.state], [*self.state.values()]
-        if stale:
-            groups = [(unit, unit.known) for unit in self._units if unit.known is not None]
-            return [(unit, group, group.gradients(group.params, None)) for unit, group in groups]
-        return work
+    def _scaling(self, work: Sequence[Any], amp: Any, waits: bool) -> Scaling | None:
+        """What the gradients count; None if the step is skipped, as far as the host may know.
 
-    def _divide(self) -> None:
-        """Into units: neighbouring groups with the same options, which one plan updates."""
-        watched = _why_watched()
-        values = [[watched, *map(group.get, self._names)] for group in self.param_groups]
-        if values == self._values:
-            return
-        count = len(values)
-        fixed = all(_is_fixed(value) for row in values for value in row)
-        for group in self.param_groups:
-            self._check(group)
-        alike = [fixed and values[i] == values[i - 1] for i in range(count)]
-        ours = [not self._why_torch(group) for group in self.param_groups]
-        firsts = [i for i in range(count) if i == 0 or not (alike[i] and ours[i])]
-        known = {(unit.first, unit.end, unit.flags): unit.known for unit in self._units}
-        self._units = [
-            self._unit(first, end)
-            for first, end in zip(firsts, [*firsts[1:], count], strict=False)
-        ]
-        for unit in self._units:
-            unit.known = known.get((unit.first, unit.end, unit.flags))
-        self._values = values if fixed else None  # else they are looked at at every step
-
-    def _unit(self, first: int, end: int) -> Unit:
-        group = self.param_groups[first]
-        why_torch = self._why_torch(group)
-        flags = self.rule(group), why_torch, group["capturable"]
-        return Unit(first, end, flags, {} if why_torch else self.hyper(group))
-
-    def _params(self, unit: Unit) -> list[Tensor]:
-        if unit.end == unit.first + 1:
-            return self.param_groups[unit.first]["params"]  # type: ignore[no-any-return]
-        groups = self.param_groups[unit.first : unit.end]
-        return [param for group in groups for param in group["params"]]
-
-    def _look_again(self, stale: Sequence[Unit]) -> bool:
-        """Looks at units anew, once their missing state has been made; False: do nothing."""
-        if not self._packed:
-            stale = self._units
-        bare = []  # of each unit, parameters with a first gradient
-        for unit in stale:
-            params = self._params(unit)
-            if any(is_capturing(p.device) for p in params[:1]):
-                raise RuntimeError(
-                    "parameters, state or options changed since the last step, or there was none: "
-                    "take one step before a graph captures it"
-                )
-            given = [p for p in params if p.grad is not None]
-            for param in given:
-                layout = local(param.grad).layout
-                if layout is not torch.strided:
-                    kind = "sparse" if param.grad.is_sparse else str(layout)
-                    title = unit.flags[0].title
-                    raise RuntimeError(f"{title} does not support {kind} gradients")
-                entry = self.state.get(param) if not unit.flags[1] else None
-                for key in ("step", *unit.flags[0].used) if entry else ():
-                    if key not in entry and why_not_native(param) is None:  # type: ignore[operator]
-                        raise KeyError(key)  # as torch does
-            bare.append([p for p in given if not self.state.get(p)])
-        if any(bare):
-            skip = vars(self).get("found_inf") if has_fused_amp(self) else None
-            if skip is not None and skip.item():
-                return False
-            if self._is_dummy_step([p for params in bare for p in params]):
-                for unit, params in zip(stale, bare, strict=True):
-                    starts = dict.fromkeys(unit.flags[0].used, 0.0)
-                    self._make_state(self.param_groups[unit.first], params, starts)
-                return False
-        for unit, params in zip(stale, bare, strict=True):
-            self._complete_state(unit, params)
-        if not self._packed and any(p.grad is not None for u in stale for p in self._params(u)):
-            self._pack_on_cpu()
-            self._packed = True
-        for unit in stale:
-            unit.known = self._group(unit)
-        return True
-
-    def _complete_state(self, unit: Unit, bare: Sequence[Tensor]) -> None:
-        group, (rule, why_torch, _) = self.param_groups[unit.first], unit.flags
-        if not why_torch:
-            starts = {key: self.initial(key, group) for key in rule.used}
-            self._make_state(group, [p for p in bare if why_not_native(p) is None], starts)
-        for param in self._params(unit):
-            if param.grad is not None and self._is_untrained(self.state.get(param)):
-                self._start(group, self.state[param])
-        option = self._beyond_torch(group)
-        for param, why in self._group(unit).fallback if option else ():
-            if param.grad is not None:
-                for made in bare:
-                    self.state.pop(made, None)
-                raise ValueError(
-                    f"{option} is not in torch's implementation, which is needed for a parameter "
-                    f"of size {tuple(param.size())}: it {why}"
-                )
-
-    def _group(self, unit: Unit) -> Group:
-        rule, why_torch, _ = unit.flags
-        params = list(self._params(unit))
-        group = self.param_groups[unit.first]
-        return Group(rule, group, params, self.state, why_torch, self._is_untrained, self._sweep)
-
-    def _is_dummy_step(self, bare: Sequence[Tensor]) -> bool:
-        """Whether somebody only wants the state made, as `get_optimizer_state_dict` does.
-
-        torch's Rprop is ruined by it: step sizes start from 0 and become the least there is.
+        `waits`: the host must know.
         """
-        return False
-
-    def _make_state(
-        self, group: dict[str, Any], params: Sequence[Tensor], starts: dict[str, float]
-    ) -> None:
-        """State as torch makes it, in slabs."""
-        on_device = group["capturable"] or has_fused_amp(self)
-        scalar = _get_scalar_dtype()
-        kinds: dict[Any, list[Tensor]] = {}
-        with torch.inference_mode(False):
-            for param in params:
-                entry = self.state[param]  # in torch's order
-                if _makes_plain(param):
-                    kinds.setdefault(param.grad.dtype, []).append(param)  # type: ignore[union-attr]
-                    continue
-                home = param.device if on_device else torch.device("cpu")
-                entry["step"] = torch.zeros((), dtype=scalar, device=home)
-                for key, start in starts.items():  # sharded checkpoints need the parameter's type
-                    like = param.grad if key in self._like_gradient else param
-                    entry[key] = torch.full_like(like, start)  # type: ignore[arg-type]
-        for grad_dtype, members in kinds.items():
-            for batch in slab.batches(members):
-                device, dtype = batch[0].device, batch[0].dtype
-                home = device if on_device else torch.device("cpu")
-                columns = {
-                    "step": slab.allocate([_SCALAR] * len(batch), scalar, home, alignment=1)
-                }
-                for key, start in starts.items():
-                    kind = grad_dtype if key in self._like_gradient else dtype
-                    columns[key] = slab.allocate(batch, kind, device, start)
-                for number, param in enumerate(batch):
-                    self.state[param].update((key, c[number]) for key, c in columns.items())
-
-    def _pack_on_accelerator(self, group: dict[str, Any]) -> None:
-        """At once: a graph that is captured later may know the parameters' addresses."""
-        if not self._why_torch(group):
-            params = dict.fromkeys(group["params"])
-            slab.pack(p for p in params if p.device.type != "cpu" and _may_move(p))
-
-    def _pack_on_cpu(self) -> None:
-        """At the first step: until then models are moved, cast and wrapped."""
-        groups = [group for group in self.param_groups if not self._why_torch(group)]
-        params = dict.fromkeys(p for group in groups for p in group["params"])
-        movable = [p for p in params if p.is_cpu and _may_move(p)]
-        slab.pack(movable)
-        entries = [entry for entry in map(self.state.get, movable) if entry]
-        for key in dict.fromkeys(key for group in groups for key in self.rule(group).used):
-            slab.pack(entry[key] for entry in entries if isinstance(entry.get(key), Tensor))
-        steps = [entry["step"] for entry in entries if isinstance(entry.get("step"), Tensor)]
-        slab.pack((step for step in steps if step.is_cpu), alignment=1)
-
-    def _scaling(self, work: Sequence[Any]) -> Scaling | None:
-        """What the gradients count; None if the step is skipped, as far as the host may know."""
-        amp = vars(self) if has_fused_amp(self) else {}
         grad_scale, skip = amp.get("grad_scale"), amp.get("found_inf")
         if grad_scale is None and skip is None and self.max_grad_norm is None:
             return NONE
         norm = None if self.max_grad_norm is None else total_norm([w[1:] for w in work])
         found, self.grad_norm = scaling(norm, self.max_grad_norm, grad_scale, skip)
-        waits = self._needs_host_sync() or not all(_in_kernels(known) for _, known, _ in work)
-        if skip is not None and waits:
+        if skip is not None and (waits or not all(_in_kernels(known) for _, known, _ in work)):
             return None if skip.item() else found._replace(skip=None)
         return found
 
     def _update_unit(
         self, unit: Unit, known: Group, grads: Sequence[Tensor | None], scaling: Scaling
     ) -> None:
-        group = self.param_groups[unit.first]
+        group = unit.group
         if known.fallback:
             params = [param for param, _ in known.fallback]
-            foreach = group["foreach"] or False  # one after the other, as overlapping tensors need
-            differentiable = self.defaults["differentiable"]
+            # By default one after the other, as overlapping tensors need.
+            foreach = group.get("foreach") or False
+            differentiable = self.defaults.get("differentiable", False)
             with torch.set_grad_enabled(differentiable), scaled(params, scaling.factor):
                 self.update_by_torch({**group, "params": params, "foreach": foreach})
         if known.plan is None:
             return
         changed = known.written(None if all_given(grads) else grads)
         if changed:
-            known.plan(grads, unit.hyper, *scaling, reserve=group["capturable"])
+            known.plan(grads, unit.hyper, *scaling, reserve=unit.flags.capturable)
             torch.autograd.graph.increment_version(changed)  # a later backward must notice
 
     def compile(self, **kwargs: Any) -> None:
@@ -491,7 +347,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         self._compile_kwargs = kwargs
         self._sweep = partial(CompiledSweep, **kwargs)
-        self._forget()
+        self._units.forget()
 
     def describe(self) -> str:
         """A table of what updates which parameters, and why any of them is not packed.
@@ -507,42 +363,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             group  device  dtype    path   packed  in place  torch  elements  bytes/step
                 0  cpu     float32  eager       2         0      0        20         400
         """
-        self._forget()  # plans, whose views would count as holders of their tensors
-        groups = [self._group(self._unit(i, i + 1)) for i in range(len(self.param_groups))]
-        sweep_path = getattr(self._sweep, "func", self._sweep).path
-        return table(groups, sweep_path, self._packed)
-
-
-def has_fused_amp(optimizer: torch.optim.Optimizer) -> bool:
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
-
-
-def _why_watched() -> str | None:
-    """Whether a mode watches operators, which it would not see on the very tensors."""
-    if torch._C._len_torch_dispatch_stack():
-        return "a TorchDispatchMode"
-    if torch._C._len_torch_function_stack():
-        for mode in _get_current_function_mode_stack():
-            if not isinstance(mode, DeviceContext):  # `torch.set_default_device` is one
-                return "a TorchFunctionMode"
-    return None
-
-
-def _is_fixed(value: Any) -> bool:
-    """Whether a value is what it was; a tensor or an array may have been written to."""
-    if type(value) is tuple:
-        return all(map(_is_fixed, value))
-    return isinstance(value, (int, float, str, type(None)))
-
-
-def _makes_plain(param: Tensor) -> bool:
-    """Whether what is made like it is a plain tensor."""
-    plain = type(param).__torch_function__ is torch._C._disabled_torch_function_impl
-    return (plain or type(param) is Tensor) and not is_sharded(param) and not param.is_complex()
-
-
-def _may_move(param: Tensor) -> bool:
-    return param.requires_grad and why_not_native(param) is None
+        sweep: Any = getattr(self._sweep, "func", self._sweep)
+        return table(self._units.each_group(), sweep.path, self._units.packed)
 
 
 def _in_kernels(known: Group) -> bool:

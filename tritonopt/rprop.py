@@ -134,11 +134,11 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         return float(group["lr"]) if key == "step_size" else 0.0
 
     def update_by_torch(self, group: dict[str, Any]) -> None:
-        lists: list[list[Tensor]] = [[] for _ in range(5)]
+        lists: list[Any] = [[] for _ in range(5)]
         has_complex = bool(self._init_group(group, *lists))
         names = ("foreach", "differentiable", "capturable", "maximize")
-        options = {name: group[name] for name in names}
-        rprop(*lists, has_complex=has_complex, **_torch_limits(group), **options)
+        options: Any = {name: group[name] for name in names}
+        rprop(*lists, has_complex=has_complex, **_torch_limits(group), **options)  # type: ignore[misc]
 
     def _check(self, group: dict[str, Any]) -> None:
         if self._option(group, "variant") not in VARIANTS:
@@ -192,11 +192,8 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         if self._option(group, "variant") == "irprop+":
             group.setdefault("last_loss", None)
 
-    def _needs_host_sync(self) -> bool:
-        return any(self._option(group, "variant") == "irprop+" for group in self.param_groups)
-
     def _loss_value(self, loss: Any) -> float | None:
-        if not self._needs_host_sync():
+        if all(self._option(group, "variant") != "irprop+" for group in self.param_groups):
             return None
         if loss is None:
             raise ValueError("variant='irprop+' needs the loss: step(closure) must return it")
@@ -210,9 +207,9 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
                 f"variant='irprop+' needs the loss as one number: step(closure) returned {kind!r}"
             ) from error
 
-    def _see_loss(self, value: float | None) -> None:
-        for unit in self._units if value is not None else ():
-            for group in self.param_groups[unit.first : unit.end]:
+    def _see_loss(self, value: float) -> None:
+        for unit in self._units.units:
+            for group in unit.groups:
                 if self._option(group, "variant") == "irprop+":
                     last, sign = group.get("last_loss"), -1 if group["maximize"] else 1
                     unit.hyper["loss_rose"] = last is not None and sign * value > sign * last

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ def allocate(
     one concerns no other. It keeps the slab alive.
     """
     if len(like) < 2:  # nothing lies beside it
-        kind = {"dtype": dtype, "device": device, "requires_grad": False}
+        kind: Any = {"dtype": dtype, "device": device, "requires_grad": False}
         return [torch.full_like(t, start, **kind) for t in like]
     pitches = [pitch(t.numel(), dtype.itemsize, alignment) for t in like]
     slab = Slab(sum(pitches), dtype, device)
@@ -95,7 +96,8 @@ def batches(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     for tensor in tensors:
         kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     for members in kinds.values():
-        batch, total = [], 0
+        batch: list[Tensor] = []
+        total = 0
         for tensor in members:
             nbytes = pitch(tensor.numel(), tensor.itemsize) * tensor.itemsize
             if batch and total + nbytes > MAX_BYTES:

@@ -58,7 +58,7 @@ class Sweep:
     ) -> None:
         self.rule = rule
         self.piece = self._piece(params)
-        self.columns = [params, *columns]
+        self.columns: list[Any] = [params, *columns]
         self.dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
         self.computes_in_place = all(c[0].dtype is self.dtype for c in self.columns if c)
         self.spans, apart = spans(self.columns, min(self.piece, PIECE), GATHERED)
@@ -79,7 +79,7 @@ class Sweep:
     def _pads(self, span: Span) -> list[Tensor] | None:
         """What lies between the tensors of a span; None if that is nothing."""
         ends = zip(span.offsets, span.offsets[1:], strict=False)
-        params = self.columns[0][span.first : span.first + len(span)]  # type: ignore[index]
+        params = self.columns[0][span.first : span.first + len(span)]
         gaps = [stop - start - p.numel() for (start, stop), p in zip(ends, params, strict=True)]
         if not any(gaps):
             return None
@@ -90,7 +90,7 @@ class Sweep:
         batches: list[list[int]] = []
         room = 0
         for index in small:
-            numel = self.columns[0][index].numel()  # type: ignore[index]
+            numel = self.columns[0][index].numel()
             if numel > room:
                 batches.append([])
                 room = SERIAL
@@ -129,7 +129,8 @@ class Sweep:
             for some in stretches(given, keys):
                 if steps is not None:
                     hyper["step"] = steps[some[0]]
-                self._gather(some, self._scaled(flatten([grads[i] for i in some]), factor), hyper)
+                grad = flatten([grads[i] for i in some])  # type: ignore[misc]
+                self._gather(some, self._scaled(grad, factor), hyper)
         for index in self.alone:
             whole = grads[index]
             if whole is not None:
@@ -141,15 +142,15 @@ class Sweep:
 
     def _gather(self, some: Sequence[int], grad: Tensor, hyper: dict[str, Any]) -> None:
         """Updates copies side by side of tensors that lie apart, and copies them back."""
-        columns = [c and [c[index] for index in some] for c in self.columns]
-        copies = [None if c is None else flatten(c) for c in columns]
+        columns: Any = [c and [c[index] for index in some] for c in self.columns]
+        copies: Any = [None if c is None else flatten(c) for c in columns]
         self._update(copies, grad, hyper)
         for column, copy in zip(columns, copies, strict=True):
             if column is not None:
                 torch._foreach_copy_(column, unflatten(copy, column))
 
     def _side_by_side(
-        self, span: Span, pads: list[Tensor] | None, some: list[int], grads: Sequence[Any]
+        self, span: Span, pads: list[Tensor] | None, some: Sequence[int], grads: Sequence[Any]
     ) -> tuple[list[Tensor | None], Tensor]:
         """Of neighbours in a span: their memory, and their gradients gathered."""
         first, last = some[0] - span.first, some[-1] - span.first
@@ -167,7 +168,7 @@ class Sweep:
 
     def _cut(self, index: int) -> list[list[Tensor | None]]:
         """The pieces of a tensor and its state, in the order of `columns`."""
-        count = -(-self.columns[0][index].numel() // self.piece)  # type: ignore[index]
+        count = -(-self.columns[0][index].numel() // self.piece)
         cut = [
             [None] * count if c is None else _split(c[index], self.piece)
             for c in self.columns
@@ -186,7 +187,7 @@ class Sweep:
         self.rule(work[0], grad.to(dtype), *work[1:], scratch, **hyper)
         for flat, computed in zip(flats, work, strict=True):
             if computed is not flat:
-                flat.copy_(computed)  # type: ignore[union-attr]
+                flat.copy_(computed)  # type: ignore[union-attr,arg-type]
 
 
 def _keys(

@@ -1,0 +1,135 @@
+"""A rule that the library does not have takes every path: eager, compiled, a kernel."""
+
+import copy
+
+import pytest
+import torch
+from cases import FEW_SHAPES, SHAPES, give_gradients, parameters
+from torch import nn
+
+from tritonopt.device import INTERPRET
+
+pytest.importorskip("triton")
+from lion import Lion
+
+
+class Reference(torch.optim.Optimizer):
+    """Lion, one parameter after the other."""
+
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(param))
+                state["step"] += 1
+                param.mul_(1 - lr * group["weight_decay"])
+                update = state["exp_avg"].lerp(param.grad, 1 - beta1)
+                param.sub_(torch.sign(update) * lr)
+                state["exp_avg"].lerp_(param.grad, 1 - beta2)
+
+
+OPTIONS = {
+    "default": {},
+    "weight decay": {"weight_decay": 0.1, "lr": 0.01},
+    "betas": {"betas": (0.5, 0.3), "lr": 0.02},
+}
+
+
+def both(params, **kwargs):
+    copies = [nn.Parameter(p.detach().clone()) for p in params]
+    return Lion(params, **kwargs), Reference(copies, **kwargs), copies
+
+
+def assert_same(ours, theirs, params, copies, exact):
+    limits = {"rtol": 0, "atol": 0} if exact else {}
+    for param, twin in zip(params, copies, strict=True):
+        torch.testing.assert_close(param, twin, **limits)
+        assert ours.state.get(param, {}).keys() == theirs.state.get(twin, {}).keys()
+        for key, value in theirs.state.get(twin, {}).items():
+            torch.testing.assert_close(ours.state[param][key], value, **limits)
+
+
+@pytest.mark.parametrize("path", ["as it is", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kwargs", OPTIONS.values(), ids=OPTIONS)
+def test_parity(kwargs, dtype, path):
+    if path == "compiled" and (INTERPRET or dtype == torch.float64):
+        pytest.skip("kernels are not compiled by torch; one dtype is enough for Inductor")
+    params = parameters(SHAPES, dtype)
+    ours, theirs, copies = both(params, **kwargs)
+    if path == "compiled":
+        ours.compile()
+    for step in range(5):
+        give_gradients(params, copies, missing={step})
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs, params, copies, exact=path == "as it is" and not INTERPRET)
+
+
+def test_half_precision_is_computed_in_single():
+    params = parameters(FEW_SHAPES, torch.bfloat16)
+    ours, theirs, copies = both(params, lr=0.01)
+    for _ in range(3):
+        give_gradients(params, copies)
+        ours.step()
+        theirs.step()
+    for param, twin in zip(params, copies, strict=True):
+        torch.testing.assert_close(param, twin, rtol=0.02, atol=0.02)
+
+
+def test_checkpoints_copies_and_groups():
+    params = parameters(FEW_SHAPES)
+    ours, theirs, copies = both(params, lr=0.01)
+    for _ in range(2):
+        give_gradients(params, copies)
+        ours.step()
+        theirs.step()
+    ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+    more = parameters([(4, 4)])
+    twins = [nn.Parameter(p.detach().clone()) for p in more]
+    ours.add_param_group({"params": more, "weight_decay": 0.5})
+    theirs.add_param_group({"params": twins, "weight_decay": 0.5})
+    for _ in range(2):
+        give_gradients(params + more, copies + twins)
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs, params + more, copies + twins, exact=not INTERPRET)
+
+
+def test_what_no_launch_takes_is_updated_by_the_eager_rule():
+    params = [nn.Parameter(torch.randn(6, 2)[:, 0]), *parameters([(3,)])]
+    ours, theirs, copies = both(params, lr=0.01, weight_decay=0.1)
+    for _ in range(3):
+        give_gradients(params, copies)
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs, params, copies, exact=not INTERPRET)
+    assert "1 left to torch: is not dense" in ours.describe()
+
+
+def test_clipping_and_loss_scaling_come_along():
+    params = parameters(FEW_SHAPES)
+    ours, theirs, copies = both(params, lr=0.01)
+    clipped = Lion([nn.Parameter(p.detach().clone()) for p in params], lr=0.01, max_grad_norm=0.5)
+    others = clipped.param_groups[0]["params"]
+    give_gradients(params, others)
+    torch.nn.utils.clip_grad_norm_(params, 0.5)
+    ours.step()
+    clipped.step()
+    for param, other in zip(params, others, strict=True):
+        torch.testing.assert_close(param, other)
+        torch.testing.assert_close(ours.state[param]["exp_avg"], clipped.state[other]["exp_avg"])
+
+
+def test_described_and_named():
+    ours = Lion(parameters([(3,), (5,)]))
+    assert "2         0      0         8" in ours.describe()
+    assert not ours.state
