@@ -1,4 +1,4 @@
-"""Functions that call `optimizer.step()` may be compiled: the step runs as it is, between graphs."""
+"""A compiled function may call `optimizer.step()`, which runs as it is, between graphs."""
 
 import copy
 from pathlib import Path
@@ -49,7 +49,7 @@ def params_of(optimizer):
 
 
 def run_both(function, ours, theirs, backend="aot_eager", calls=2):
-    """Compiled over our optimizer and as it is over its twin; what it returns, and what it leaves."""
+    """What a function returns and leaves, compiled for our optimizer and not for its twin."""
     compiled = torch.compile(function, backend=backend)
     with torch.no_grad():
         for _ in range(calls):

@@ -15,6 +15,7 @@ from cases import OURS, TORCH
 from tritonopt.device import INTERPRET
 
 lightning = pytest.importorskip("lightning")
+import lightning_cases
 from lightning.fabric import Fabric
 from lightning.pytorch import callbacks
 from lightning.pytorch.cli import LightningCLI
@@ -197,7 +198,7 @@ def test_clipping_by_lightning_and_by_the_step_are_not_mixed():
 
 @eager
 def test_two_processes():
-    script = Path(__file__).with_name("lightning_cases.py")
+    script = Path(lightning_cases.__file__)
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
 
@@ -238,7 +239,7 @@ class Data(lightning.LightningDataModule):
 @names
 def test_command_line(name):
     """With the arguments of the README's command."""
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     command = next(line for line in readme.splitlines() if line.startswith("python train.py "))
     fit, *arguments = command.split()[2:]
 

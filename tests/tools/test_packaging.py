@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("build")
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def run(*command, cwd=None, **kwargs):

@@ -176,7 +176,7 @@ GPU_ORDERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="tests/test_parity.py compares with the GPU's")
+@pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU has its own parity")
 @pytest.mark.parametrize("kwargs", GPU_ORDERS, ids=str)
 def test_the_order_of_gpu_operators(kwargs, monkeypatch):
     monkeypatch.setattr(arithmetic, "AS_ON_CPU", tl.constexpr(False))

@@ -9,7 +9,7 @@ import torch
 import tritonopt
 from tritonopt.device import INTERPRET
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 LINES = 250  # at most: it is to be read once
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 

@@ -1,0 +1,142 @@
+"""The options that the README names make RMSprop that of each library."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import tritonopt
+
+STARTS, WIDTH = 20, 4
+STEPS = 50
+
+
+def valley(w: Tensor) -> Tensor:
+    """A curved valley of each start: Rosenbrock's function, scaled, and a bowl."""
+    a, b = w[..., :-1], w[..., 1:]
+    return (5 * (b - a**2) ** 2 + (1 - a) ** 2).sum() + 0.1 * w.square().sum()
+
+
+def random_starts() -> Tensor:
+    return torch.randn(STARTS, WIDTH, dtype=torch.float64, generator=torch.manual_seed(3))
+
+
+def train(optimizer: Any, params: Any, steps: int = STEPS) -> None:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = torch.stack([valley(param) for param in params]).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
+
+
+def trained(name: str, start: Tensor, steps: int = STEPS, **options: Any) -> Tensor:
+    param = torch.nn.Parameter(start.clone())
+    train(getattr(tritonopt, name)([param], **options), [param], steps)
+    return param.detach()
+
+
+# Against the libraries.
+
+
+def timm_rmsprop_tf(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """timm's class without timm's package, whose import needs torchvision."""
+    spec = importlib.util.find_spec("timm")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("timm is not installed")
+    root = Path(spec.submodule_search_locations[0])
+    for name, folder in (("timm", root), ("timm.optim", root / "optim")):
+        package = types.ModuleType(name)
+        package.__path__ = [str(folder)]
+        monkeypatch.setitem(sys.modules, name, package)
+    return importlib.import_module("timm.optim.rmsprop_tf").RMSpropTF
+
+
+@pytest.mark.parametrize(
+    "theirs, ours",
+    [
+        ({"lr_in_momentum": False}, {}),
+        ({"momentum": 0.9}, {"momentum": 0.9, "lr_in_momentum": True}),
+        ({"momentum": 0.9, "lr_in_momentum": False}, {"momentum": 0.9}),
+        ({"centered": True}, {"centered": True}),
+        (
+            {"weight_decay": 0.1, "decoupled_decay": True},
+            {"weight_decay": 0.1, "decoupled_weight_decay": True},
+        ),
+        ({"weight_decay": 0.1}, {"weight_decay": 0.1}),
+    ],
+    ids=["plain", "momentum", "momentum without lr", "centered", "decoupled", "l2"],
+)
+def test_timm(theirs, ours, monkeypatch):
+    common = {"lr": 0.01, "alpha": 0.9, "eps": 1e-3}
+    param = torch.nn.Parameter(random_starts())
+    train(timm_rmsprop_tf(monkeypatch)([param], **common, **theirs), [param])
+    options = {"eps_in_sqrt": True, "initial_scale": 1.0, **common, **ours}
+    torch.testing.assert_close(
+        trained("RMSprop", random_starts(), **options), param.detach(), rtol=1e-9, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("centered", [False, True], ids=["", "centered"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_keras(momentum, centered, monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras")
+    if keras.backend.backend() != "torch":
+        pytest.skip("keras runs on another backend")
+    lr = 2**-7  # exact in fp32, as keras keeps it
+    param = keras.Variable(random_starts().numpy(), dtype="float64")
+    theirs = keras.optimizers.RMSprop(lr, 0.9, momentum, epsilon=1e-3, centered=centered)
+    for _ in range(STEPS):
+        at = param.value.detach().clone().requires_grad_()
+        valley(at).backward()
+        theirs.apply([at.grad], [param])
+    options: dict[str, Any] = {"lr": lr, "alpha": 0.9, "eps": 1e-3, "centered": centered}
+    if momentum:
+        options.update(momentum=momentum, lr_in_momentum=True)
+    ours = trained("RMSprop", random_starts(), eps_in_sqrt=True, **options)
+    torch.testing.assert_close(ours, param.value.detach().cpu(), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("bias_correction", [False, True], ids=["", "bias correction"])
+@pytest.mark.parametrize("nesterov", [None, False, True], ids=["", "momentum", "nesterov"])
+@pytest.mark.parametrize("eps_in_sqrt", [False, True], ids=["", "eps in sqrt"])
+@pytest.mark.parametrize("centered", [False, True], ids=["", "centered"])
+def test_optax(centered, eps_in_sqrt, nesterov, bias_correction):
+    # Its RMSprop only: optax 0.2.8 emits in every Rprop step the update of the step before, against
+    # its own documentation. Rprop is tested against the formula.
+    optax = pytest.importorskip("optax")
+    jax = pytest.importorskip("jax")
+    numpy = pytest.importorskip("numpy")
+    common = {
+        "eps": 1e-3,
+        "centered": centered,
+        "eps_in_sqrt": eps_in_sqrt,
+        "bias_correction": bias_correction,
+        "initial_scale": 0.25,  # a variance of 0 but for rounding would differ
+    }
+    momentum = {} if nesterov is None else {"momentum": 0.9, "nesterov": nesterov}
+    with jax.enable_x64(True):
+        param = jax.numpy.asarray(random_starts().numpy())
+        theirs = optax.rmsprop(0.01, 0.9, **common, **momentum)
+        state = theirs.init(param)
+        for _ in range(STEPS):
+            at = torch.tensor(numpy.asarray(param), requires_grad=True)
+            valley(at).backward()
+            updates, state = theirs.update(jax.numpy.asarray(at.grad.numpy()), state)
+            param = optax.apply_updates(param, updates)
+        expected = torch.tensor(numpy.asarray(param))
+    if momentum:
+        momentum["lr_in_momentum"] = True
+    ours = trained("RMSprop", random_starts(), lr=0.01, alpha=0.9, **common, **momentum)
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)

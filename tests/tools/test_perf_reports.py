@@ -1,0 +1,142 @@
+"""perf: the READMEs and tables say what was found, and nothing else."""
+
+import importlib.util
+import json
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+perf = sys.modules.setdefault("perf", types.ModuleType("perf"))
+perf.__path__ = [str(ROOT / "perf")]  # ROOT in sys.path would hide Hugging Face's `kernels`
+
+from perf import (
+    plan,
+    plots,
+    report,
+    run,
+    tables,
+)
+
+CPU = torch.device("cpu")
+EAGER = ("for-loop", "foreach", "tritonopt")
+
+
+def test_a_folder_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        options(False, "--out", str(tmp_path / "file"))
+    assert "is no folder" in capsys.readouterr().err
+
+
+def test_quick_results_do_not_replace_others(tmp_path, capsys):
+    file = tmp_path / "cpu.json"
+    file.write_text(json.dumps({"machine": {}, "quick": False, "host": []}))
+    given = options(False, "--quick", "--only", "host", "--out", str(tmp_path))
+    assert plan.main(CPU, False, given) == 2
+    assert "more than --quick measures" in capsys.readouterr().out
+
+
+def test_results_of_another_run_are_not_lost(tmp_path, capsys):
+    file = tmp_path / "cpu.json"
+    file.write_text(json.dumps({"machine": {}, "quick": True, "host": [], "memory": []}))
+    before = file.read_text()
+    given = plan.parser(None, False).parse_args(["--only", "host", "--out", str(tmp_path)])
+    assert plan.main(CPU, False, given) == 2
+    assert "has memory, too, of another run" in capsys.readouterr().out
+    assert file.read_text() == before
+
+
+def empty(root):
+    for file in (root / "README.md", root / "perf" / "README.md"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("<!-- perf:cpu host -->\n<!-- /perf -->")
+
+
+def test_a_report_without_matplotlib(monkeypatch, tmp_path, capsys):
+    shutil.copytree(ROOT / "perf" / "results", tmp_path / "perf" / "results")
+    empty(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert report.main([], tmp_path) == 2
+    assert "matplotlib" in capsys.readouterr().out
+    assert "| Rprop |" not in (tmp_path / "README.md").read_text()
+
+
+def options(gpu, *arguments):
+    return plan.parser(None, gpu).parse_args([*arguments, "--implementations", *EAGER])
+
+
+def test_the_readme_says_what_was_measured():
+    assert report.main(["--check"]) == 0
+
+
+def test_other_figures_are_noticed(tmp_path, monkeypatch):
+    shutil.copytree(ROOT / "perf" / "results", tmp_path / "perf" / "results")
+    names = ("README.md", "perf/README.md")
+    for name in names:
+        shutil.copy(ROOT / name, tmp_path / name)
+    drawn = []
+    monkeypatch.setattr(plots, "draw", lambda stem, *_: drawn.append(stem))
+    assert report.main(["--check"], tmp_path) == 0
+    file = tmp_path / "perf" / "results" / "cpu.json"
+    results = json.loads(file.read_text())
+    results["machine"]["device"] += " of another kind"
+    file.write_text(json.dumps(results))
+    assert report.main(["--check"], tmp_path) == 1
+    assert report.main([], tmp_path) == 0 and drawn == ["cpu"]
+    assert report.main(["--check"], tmp_path) == 0
+    assert all((tmp_path / name).read_text() != (ROOT / name).read_text() for name in names)
+    next(file.parent.glob("*.png")).unlink()
+    assert report.main(["--check"], tmp_path) == 1
+
+
+def test_results_that_are_none(tmp_path, capsys):
+    folder = tmp_path / "perf" / "results"
+    folder.mkdir(parents=True)
+    empty(tmp_path)
+    (folder / "cpu.json").write_text("{")
+    assert report.main(["--check"], tmp_path) == 2
+    assert "cpu.json holds no results" in capsys.readouterr().out
+    (folder / "cpu.json").write_text('{"machine": {}, "quick": false}')
+    for part in ("host", "summary"):
+        text = f"<!-- perf:cpu {part} -->\n<!-- /perf -->"
+        assert "\nNot measured.\n" in report.fill(text, folder)
+
+
+def test_what_is_missing_is_neither_drawn_nor_tabulated(tmp_path):
+    late = {"job": "Rprop, foreach, 50", "missing": "no time was left"}
+    found = {"optimizer": "RMSprop", "implementation": "foreach", "tensors": 50,
+             "first_step_s": 1.5, "graphs": 2}  # fmt: skip
+    results = {"machine": {}, "compile": [found, late], "host": [late]}
+    plots.draw("some", results, tmp_path)
+    assert (tmp_path / "some-compile.png").exists()
+    table = tables.table(results, "compile").splitlines()
+    assert not run.is_measured({"host": [late]}) and run.is_measured(results)
+    assert table[2] == "| foreach | 50 | 1.5 s, 2 |"
+    assert table[-1] == "Not measured: Rprop, foreach, 50: no time was left."
+    assert tables.table(results, "host") == table[-1]
+
+
+def test_every_file_of_results_is_shown(tmp_path):
+    """What a GPU found replaces what the README says of none."""
+    machine = {"device": "Some GPU", "cuda": "13", "threads": 1, "torch": "2", "triton": "3",
+               "date": "today"}  # fmt: skip
+    times = {"median": 2000.0, "p10": 1000.0, "p90": 3000.0}
+    step = {"optimizer": "RMSprop", "workload": "one", "implementation": "tritonopt",
+            "wall_us": times, "device_us": times, "host_us": times,
+            "bandwidth_bytes_per_s": 1e12, "fraction_of_floor": 0.5}  # fmt: skip
+    text = "<!-- perf:gpu all -->\n<!-- /perf -->"
+    assert "Not measured on a GPU yet." in report.fill(text, tmp_path)
+    results = {"machine": machine, "quick": False, "steps": [step]}
+    (tmp_path / "some-gpu.json").write_text(json.dumps(results))
+    made = report.fill(text, tmp_path)
+    assert "Some GPU, device copy 1,000.0 GB/s" in made
+    assert made.count("| one | 2 (1 to 3) | - | 50% |") == 2
+    assert made.count("| one | 2 (1 to 3) | - |\n") == 1  # of the host, no floor
+    assert report.fill(made, tmp_path) == made
+    short = report.fill("<!-- perf:gpu summary -->\n<!-- /perf -->", tmp_path)
+    assert "| RMSprop, LSTM | - | - | - | - | - |" in short and "Some GPU, 1 threads" in short
