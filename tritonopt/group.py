@@ -135,9 +135,14 @@ class Group:
             if self.sharded:
                 lists = self.lists()
                 grads = self.plan.gradients(lists.grads, lists.written(), lists.steps)
+                self._written = self.native, []  # DTensors have versions of their own
             else:
-                written, steps = self._columns(), list(map(_get_step, self.entries))
+                steps = list(map(_get_step, self.entries))
+                written = [*self.native]  # tuples of each entry's would wake the garbage collector
+                for get in self._getters:
+                    written += map(get, self.entries)
                 grads = self.plan.gradients([p.grad for p in self.native], written, steps)
+                self._written = written, steps
             if grads is None and not self.fallback and not is_capturing(self.native[0].device):
                 lists = self.lists()
                 self.plan = self.plan.moved(lists) or self.plan
@@ -148,17 +153,12 @@ class Group:
             raise Stale
         return grads
 
-    def _columns(self) -> list[Tensor]:
-        columns = [*self.native]
-        for get in self._getters:
-            columns += map(get, self.entries)
-        return columns
-
     def written(self, grads: Sequence[Tensor | None] | None) -> list[Tensor]:
         """Parameters, state and counts of steps that an update writes; None: there are all."""
-        tensors = [*self._columns(), *map(_get_step, self.entries)]
+        columns, steps = self._written
+        tensors = [*columns, *steps]
         if grads is None:
-            return tensors
+            return tensors[::-1]  # what was looked at last is in the processor's cache
         return [t for t, grad in zip(tensors, cycle(grads), strict=False) if grad is not None]
 
     def expected(self) -> list[tuple[Tensor, str | None]]:

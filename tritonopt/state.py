@@ -30,11 +30,14 @@ def make_state(
     """
     scalar = _get_scalar_dtype()
     kinds: dict[Any, list[Tensor]] = {}
+    if len({(p.device, p.dtype) for p in params}) > 1:
+        for param in params:
+            state[param]  # so that entries stand in torch's order  # noqa: B018
     for param in params:
-        entry: Any = state[param]  # in torch's order
         if _makes_plain(param):
             kinds.setdefault(param.grad.dtype, []).append(param)  # type: ignore[union-attr]
             continue
+        entry: Any = state[param]
         entry["step"] = torch.zeros((), dtype=scalar, device=_home(param, on_device))
         for key, start in starts.items():  # of its type, which sharded checkpoints need
             like: Any = param.grad if key in like_gradient else param
@@ -48,7 +51,11 @@ def make_state(
                 kind = grad_dtype if key in like_gradient else dtype
                 columns[key] = slab.allocate(batch, kind, device, start)
             for number, param in enumerate(batch):
-                state[param].update((key, column[number]) for key, column in columns.items())
+                entry = {key: column[number] for key, column in columns.items()}
+                if state.get(param) is None:
+                    state[param] = entry
+                else:
+                    state[param].update(entry)
 
 
 def _home(param: Tensor, on_device: bool) -> torch.device:

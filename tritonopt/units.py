@@ -120,7 +120,7 @@ class Units:
 
     def flags(self, group: dict[str, Any]) -> Flags:
         optimizer = self.optimizer
-        return Flags(optimizer.rule(group), optimizer._why_torch(group), group.get("capturable"))
+        return Flags(optimizer.rule(group), optimizer._why_torch(group), bool(group.get("capturable")))
 
     def _look_again(self, stale: Sequence[Unit], skip: Tensor | None) -> bool:
         """Looks at units anew, once their missing state has been made; False: do nothing."""
