@@ -1,5 +1,7 @@
 """What the tests of torch.compile share: the same optimizer twice, one of them compiled."""
 
+import copy
+
 import pytest
 import torch
 from cases import OURS
@@ -69,3 +71,53 @@ SCHEDULERS = {
         o, 0.1, total_steps=60, cycle_momentum="momentum" in o.defaults
     ),
 }
+
+
+VARIANTS = [
+    ("RMSprop", {"momentum": 0.9, "lr_in_momentum": True, "nesterov": True, "eps_in_sqrt": True}),
+    ("RMSprop", {"initial_scale": 1.0, "bias_correction": True}),
+    ("RMSprop", {"decoupled_weight_decay": True, "weight_decay": 0.1}),
+    ("RMSprop", {"max_grad_norm": 0.5}),
+    ("RMSprop", {"foreach": True}),
+    ("Rprop", {"variant": "rprop-"}),
+    ("Rprop", {"variant": "rprop+"}),
+    ("Rprop", {"max_grad_norm": 0.5, "fused_amp": True}),
+    ("Rprop", {"foreach": False}),
+    ("Rprop", {"variant": "irprop+"}),
+]
+
+
+def move(ours, theirs):
+    for p, _ in pairs(ours, theirs):
+        p.data = p.data.clone()
+
+
+def move_state(ours, theirs):
+    for p, _ in pairs(ours, theirs):
+        ours.state[p] = {key: value.clone() for key, value in ours.state[p].items()}
+
+
+def add_group(ours, theirs):
+    extra = [torch.nn.Parameter(torch.randn(5)) for _ in range(2)]
+    theirs.add_param_group({"params": [torch.nn.Parameter(p.detach().clone()) for p in extra]})
+    ours.add_param_group({"params": extra})
+
+
+def load(ours, theirs):
+    saved = copy.deepcopy(theirs.state_dict())
+    for optimizer in (ours, theirs):
+        optimizer.load_state_dict(copy.deepcopy(saved))
+
+
+def clear_state(ours, theirs):
+    ours.state.clear()
+    theirs.state.clear()
+
+
+def other_options(ours, theirs):
+    for optimizer in (ours, theirs):
+        group = optimizer.param_groups[0]
+        group["maximize"], group["lr"] = not group["maximize"], group["lr"] * 0.5
+
+
+EVENTS = [move, move_state, add_group, load, clear_state, other_options]

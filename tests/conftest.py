@@ -1,10 +1,15 @@
 """Axes that many tests share."""
 
+from typing import Any
+
 import pytest
 import torch
 from cases import OURS
 
 from tritonopt.device import INTERPRET, path
+
+# The interpreter takes the place of a GPU: these folders have no launches of their own.
+collect_ignore = ["compile", "integrations", "tools"] if INTERPRET else []
 
 DEVICES = ["cpu"]
 if torch.accelerator.is_available() and not INTERPRET:  # it reads the CPU's memory only
@@ -24,6 +29,33 @@ def name(request) -> str:
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Plain `pytest` runs a test with each row of each table, not with each combination of rows."""
+    tests: dict[str, list[tuple[pytest.Item, list[tuple[int, ...]]]]] = {}
+    for item in items:
+        if hasattr(item, "callspec") and not item.get_closest_marker("slow"):
+            tests.setdefault(item.nodeid.partition("[")[0], []).append((item, _rows(item)))
+    for some in tests.values():
+        tables = [
+            list(dict.fromkeys(rows)) for rows in zip(*(rows for _, rows in some), strict=True)
+        ]
+        count = max(map(len, tables))
+        diagonal = [[table[i % len(table)] for table in tables] for i in range(count)]
+        for item, rows in some:
+            if rows not in diagonal:
+                item.add_marker(pytest.mark.slow)
+
+
+def _rows(item: Any) -> list[tuple[int, ...]]:
+    """What an item has of each table, a `parametrize` or a fixture, by identity."""
+    params = item.callspec.params
+    marks = [mark.args[0] for mark in item.iter_markers("parametrize")]
+    tables = [[n.strip() for n in m.split(",")] if isinstance(m, str) else [*m] for m in marks]
+    tables += [[name] for name in params if not any(name in names for names in tables)]
+    return [tuple(id(params[name]) for name in names) for names in tables]
 
 
 def pytest_report_header() -> str:

@@ -6,7 +6,6 @@ it returns and what it leaves must be equal up to rounding, and what it returns 
 the tensors do later. Where that cannot be, compiling raises.
 """
 
-import importlib.util
 import random
 from dataclasses import dataclass
 
@@ -21,7 +20,6 @@ import tritonopt
 __all__ = ["fresh"]  # an autouse fixture
 pytestmark = skip_interpreted
 
-STEP_IS_TRACED = importlib.util.find_spec("tritonopt.traced") is not None
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 SHAPES = ((3, 4), (), (5,), (2, 3), (1,))
@@ -281,10 +279,10 @@ def check_optimizers(program, backend, classes):
 TOGETHER = 10
 
 
-def together(start, count):
+def together(start, count, size=TOGETHER):
     return [
-        pytest.param([Program(s) for s in range(first, first + TOGETHER)], id=f"{first}-")
-        for first in range(start, start + count, TOGETHER)
+        pytest.param([Program(s) for s in range(first, first + size)], id=f"{first}-")
+        for first in range(start, start + count, size)
     ]
 
 
@@ -297,29 +295,33 @@ def slow(params):
     return [pytest.param(*p.values, id=p.id, marks=pytest.mark.slow) for p in params]
 
 
-@pytest.mark.parametrize("programs", [*together(0, 20), *slow(together(1000, 300))])
+@pytest.mark.parametrize("programs", [*together(0, 4, 4), *slow(together(1000, 80))])
 def test_public_ops_under_inductor(programs):
     check_together(programs, "inductor", op)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("programs", [*together(20, 20), *slow(together(2000, 300))])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("programs", [*together(20, 20), *slow(together(2000, 200))])
 def test_public_ops(programs, backend):
     check_together(programs, backend, op)
 
 
-@pytest.mark.parametrize("programs", [*together(40, 10), *slow(together(3000, 300))])
+@pytest.mark.parametrize("programs", [*together(40, 4, 4), *slow(together(3000, 80))])
 def test_stock_functions_in_one_graph(programs):
     check_together(programs, "tritonopt", stock)
 
 
-@pytest.mark.parametrize("program", [*single(60, 2), *slow(single(4000, 100))])
+@pytest.mark.parametrize("program", [*single(60, 1), *slow(single(4000, 40))])
 def test_stock_optimizers(program):
     check_optimizers(program, "tritonopt", torch.optim)
 
 
-@pytest.mark.skipif(STEP_IS_TRACED, reason="dynamo traces the step")
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("program", [*single(70, 4), *slow(single(5000, 100))])
-def test_optimizers(program, backend):
-    check_optimizers(program, backend, tritonopt)
+@pytest.mark.parametrize("program", [*single(70, 12), *slow(single(5000, 120))])
+def test_optimizers(program):
+    check_optimizers(program, "aot_eager", tritonopt)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", single(6000, 20))
+def test_optimizers_under_inductor(program):
+    check_optimizers(program, "inductor", tritonopt)

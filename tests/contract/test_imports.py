@@ -47,6 +47,7 @@ def test_importing_imports_no_triton():
     run("import sys, tritonopt; assert not [m for m in sys.modules if m.startswith('triton.')]")
 
 
+@pytest.mark.slow
 def test_stepping_on_a_cpu_imports_no_kernel():
     """torch itself imports triton with its first optimizer."""
     check = "assert not [m for m in sys.modules if m.startswith('tritonopt.kernels')]"
@@ -67,6 +68,7 @@ def test_without_triton():
     assert "eager" in run(textwrap.dedent(BLOCKED) + textwrap.dedent(TRAIN))
 
 
+@pytest.mark.slow
 def test_interpreter_asked_for():
     pytest.importorskip("triton")
     assert "triton, interpreted" in run(TRAIN, TRITON_INTERPRET="1")

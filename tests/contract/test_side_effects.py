@@ -147,6 +147,7 @@ def _bytes_alive():
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["groups", "optimizers"])
 def test_scratch_does_not_add_up(name, how):
     def kept(count):

@@ -18,17 +18,19 @@ pytestmark = [
 SCRIPT = Path(ranks.__file__)
 
 
-@pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
+FEW = 25
+"""Each of so many scenarios is in the fast part."""
+
+
+def run_ranks(folder, stride):
     """How many scenarios each rank got through, and what failed."""
-    folder = tmp_path_factory.mktemp("ranks")
     logs = [open(folder / f"{rank}.log", "w") for rank in range(2)]
     started = [
-        subprocess.Popen([sys.executable, SCRIPT, folder, str(rank)], stdout=log, stderr=log)
-        for rank, log in enumerate(logs)
+        subprocess.Popen([sys.executable, SCRIPT, folder, *map(str, (rank, stride))], **both)
+        for rank, both in enumerate({"stdout": log, "stderr": log} for log in logs)
     ]
     try:
-        codes = [rank.wait(timeout=240) for rank in started]
+        codes = [rank.wait(timeout=600) for rank in started]
     finally:
         for rank, log in zip(started, logs, strict=True):
             rank.kill()
@@ -37,6 +39,17 @@ def outcome(tmp_path_factory):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
+def test_a_few_scenarios(tmp_path):
+    for done, failures in run_ranks(tmp_path, FEW):
+        assert done == (len(ranks.scenarios()) - 1) // FEW * FEW and not failures
+
+
+@pytest.fixture(scope="module")
+def outcome(tmp_path_factory):
+    return run_ranks(tmp_path_factory.mktemp("ranks"), 1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number, title", list(enumerate(ranks.scenarios())))
 def test_as_torch(number, title, outcome):
     for rank, (done, failures) in enumerate(outcome):

@@ -170,6 +170,7 @@ def test_accelerate(name):
     assert_equal(train(OURS[name]), train(TORCH[name]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("writer, reader", [(OURS, TORCH), (TORCH, OURS)], ids=["to", "from"])
 def test_accelerate_across(name, writer, reader):
     """State that was saved with one class is loaded with the other."""
@@ -217,6 +218,7 @@ class Rows(torch.utils.data.Dataset):
         return {"x": x[index % 8], "labels": y[index % 8]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["optimizers", "optimizer_cls_and_kwargs"])
 def test_hugging_face_trainer(way, name):
     transformers = pytest.importorskip("transformers")

@@ -87,7 +87,7 @@ SCENARIOS = {
 """Class of the module, options of the trainer."""
 scenarios = pytest.mark.parametrize(
     "scenario",
-    [pytest.param(row, marks=[] if row in INTERPRETED else eager) for row in SCENARIOS],
+    [pytest.param(row, marks=[] if row == "scheduler" else pytest.mark.slow) for row in SCENARIOS],
 )
 
 
@@ -125,6 +125,7 @@ class Witness(callbacks.Callback):
         self.classes = {type(o) for o in trainer.optimizers}
 
 
+@pytest.mark.slow
 @eager
 @names
 def test_half_precision(name):
@@ -134,11 +135,13 @@ def test_half_precision(name):
     assert runs[0]["module"]["net.0.weight"].dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @names
 def test_fitted_twice(name):
     assert_equal(fit(OURS[name], fits=2), fit(TORCH[name], fits=2))
 
 
+@pytest.mark.slow
 @eager
 @names
 def test_compiled(name):
@@ -155,6 +158,7 @@ class Swapped(dict):
 CALLBACK = Swapped(TORCH)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Scheduled, Monitored, Module, Manual], ids=lambda k: k.__name__)
 @pytest.mark.parametrize(
     "first, then",
@@ -196,6 +200,7 @@ def test_clipping_by_lightning_and_by_the_step_are_not_mixed():
         fit(make, precision="bf16-mixed", gradient_clip_val=0.1)
 
 
+@pytest.mark.slow
 @eager
 def test_two_processes():
     script = Path(lightning_cases.__file__)
@@ -203,6 +208,7 @@ def test_two_processes():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @names
 def test_fabric(name):
     def train(make):
@@ -236,6 +242,7 @@ class Data(lightning.LightningDataModule):
         return loader()
 
 
+@pytest.mark.slow
 @names
 def test_command_line(name):
     """With the arguments of the README's command."""

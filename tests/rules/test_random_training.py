@@ -13,6 +13,7 @@ from tritonopt import slab, sweep
 from tritonopt.device import INTERPRET, path
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", 30 if INTERPRET else 150))
+FEW = 3 if INTERPRET else 15
 
 PHASES = [Phase.generate] if INTERPRET else list(Phase)  # to shrink takes minutes there
 
@@ -120,13 +121,29 @@ class Pair:
             self.ours.load_state_dict({**state, "state": clones})
 
 
+def random_training(examples):
+    return settings(
+        max_examples=examples, derandomize=True, deadline=None, phases=PHASES,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", OURS)
-@settings(
-    max_examples=EXAMPLES, derandomize=True, deadline=None, phases=PHASES,
-    suppress_health_check=list(HealthCheck),
-)  # fmt: skip
+@random_training(FEW)
 @given(data=st.data())
 def test_random_training(name, data):
+    train(name, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OURS)
+@random_training(EXAMPLES)
+@given(data=st.data())
+def test_much_random_training(name, data):
+    train(name, data)
+
+
+def train(name, data):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sweep, "PIECE", data.draw(st.sampled_from([2**18, 40, 1000])))
         patch.setattr(sweep, "MANY", data.draw(st.sampled_from([sweep.MANY, 1])))

@@ -57,6 +57,11 @@ COMBINATIONS = every_combination()
 ON_BOTH_PATHS = COMBINATIONS[::16] + COMBINATIONS[15::16] + COMBINATIONS[-17:-13]
 """Each momentum and decay with no flag and with all, and some between: interpreting is slow."""
 
+ROWS = [
+    row if row in ON_BOTH_PATHS else pytest.param(*row.values, id=row.id, marks=pytest.mark.slow)
+    for row in COMBINATIONS
+]
+
 
 def valley(w: Tensor) -> Tensor:
     """A curved valley of each start: Rosenbrock's function, scaled, and a bowl."""
@@ -100,7 +105,7 @@ def trained(name: str, start: Tensor, steps: int = STEPS, **options: Any) -> Ten
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rprop_formula(variant, maximize):
     options = {"variant": variant, "maximize": maximize, "lr": 0.1, "step_sizes": (1e-4, 0.5)}
-    starts = random_starts()[: 3 if INTERPRET else None]  # interpreting is slow
+    starts = random_starts()[:3]
     for start in starts:  # one at a time: the loss of each decides in irprop+
         ours = trained("Rprop", start, **options)
         expected = formulas.rprop(start.tolist(), of_numbers, STEPS, **options)
@@ -113,7 +118,7 @@ def test_variants_differ():
     assert len(set(results)) == len(VARIANTS)
 
 
-@pytest.mark.parametrize("options", ON_BOTH_PATHS if INTERPRET else COMBINATIONS)
+@pytest.mark.parametrize("options", ON_BOTH_PATHS if INTERPRET else ROWS)
 def test_rmsprop_formula(options):
     # Far from the minimum: near it, dividing by the root of a vanished average amplifies rounding.
     options = {"lr": 0.001, "alpha": 0.9, "eps": 1e-3, **options}
