@@ -1,13 +1,9 @@
 """CUDA graphs: on a GPU captures and replays; without one, what makes a capture safe.
 
-The invariants run on the real host path with the kernels in Triton's interpreter, which must be
-chosen before import: without it this file runs itself once more.
+The invariants run on the real host path with the kernels in Triton's interpreter.
 """
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -20,22 +16,12 @@ interpreted = pytest.mark.skipif(not INTERPRET, reason="needs the interpreter")
 names = pytest.mark.parametrize("name", sorted(OURS))
 
 
-@pytest.mark.skipif(INTERPRET, reason="is what it starts")
-def test_invariants_in_the_interpreter():
-    pytest.importorskip("triton")
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "interpreted", __file__]
-    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout
-    assert "skipped" not in result.stdout.splitlines()[-1]
-
-
 @pytest.fixture
 def capture(monkeypatch):
     """A switch: while it is on, every stream says that it records."""
     state = {"on": False}
     kernels = ("kernels.launch", "kernels.tables")
-    for module in ("device", "optimizer", "group", "plan", "ops", "rprop", *kernels):
+    for module in ("device", "units", "group", "plan", "ops", "rprop", *kernels):
         monkeypatch.setattr(f"tritonopt.{module}.is_capturing", lambda device: state["on"])
     return state
 
@@ -140,7 +126,7 @@ def test_interpreted_replays_equal_eager(name, capture):
 
     capture["on"] = True
     table = launch.tables.find(tuple(p.grad.data_ptr() for p in params))
-    hyper = optimizer._hyper(optimizer.param_groups[0])
+    hyper = optimizer.hyper(optimizer.param_groups[0])
     capture["on"] = False
     for number in range(100):
         for p, q in zip(params, copies, strict=True):

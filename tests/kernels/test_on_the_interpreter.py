@@ -1,0 +1,39 @@
+"""Every feature on the path of kernels: some tests once more, in Triton's interpreter.
+
+It must be chosen before import. `TRITON_INTERPRET=1 pytest` runs all that concerns kernels there.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tritonopt.device import INTERPRET
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(INTERPRET, reason="is what it starts")
+
+TESTS = Path(__file__).parents[1]
+SOME = {
+    "kernels/test_cuda_graphs.py": "captures, tables",
+    "kernels/test_launches.py": "sizes, addresses, missing gradients",
+    "rules/test_third_rule.py": "a rule of somebody else's",
+    "rules/test_clipping_and_scaling.py": "fused_amp, max_grad_norm",
+    "rules/test_parity_with_torch.py::test_half_precision_is_fp32_rounded_once": "options, dtypes",
+    "rules/test_variant_formulas.py::test_rprop_kernel_has_the_bits_of_the_eager_rule": "variants",
+    "rules/test_variant_formulas.py::test_rmsprop_kernel_is_near_the_eager_rule": "variants",
+    "contract/test_missing_and_sparse_gradients.py": "gradients that come and go",
+    "contract/test_groups_and_state_change.py::test_changed_groups": "groups",
+    "memory/test_storages.py::test_memory_layouts": "views and strides",
+}
+"""Tests, and what they touch."""
+
+
+def test_some_of_everything():
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    options = ["-q", "-p", "no:cacheprovider", "--rootdir", TESTS.parent]
+    command = [sys.executable, "-m", "pytest", *options, *(TESTS / name for name in SOME)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:]
