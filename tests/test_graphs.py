@@ -35,7 +35,7 @@ def capture(monkeypatch):
     """A switch: while it is on, every stream says that it records."""
     state = {"on": False}
     kernels = ("kernels.launch", "kernels.tables")
-    for module in ("device", "optimizer", "group", "plan", "ops", "rprop", *kernels):
+    for module in ("device", "units", "group", "plan", "ops", "rprop", *kernels):
         monkeypatch.setattr(f"tritonopt.{module}.is_capturing", lambda device: state["on"])
     return state
 
@@ -140,7 +140,7 @@ def test_interpreted_replays_equal_eager(name, capture):
 
     capture["on"] = True
     table = launch.tables.find(tuple(p.grad.data_ptr() for p in params))
-    hyper = optimizer._hyper(optimizer.param_groups[0])
+    hyper = optimizer.hyper(optimizer.param_groups[0])
     capture["on"] = False
     for number in range(100):
         for p, q in zip(params, copies, strict=True):

@@ -51,7 +51,7 @@ def expected(params, grads, prevs, step_sizes, dtype=torch.float32):
 def assert_updates(params, grads, prevs, step_sizes):
     dtype = params[0].dtype
     wanted = list(expected(params, grads, prevs, step_sizes, dtype))
-    launch.Launch(launch.rprop_, params, [prevs, step_sizes])(grads, **RPROP)
+    launch.Launch(launch.rprop_, params, [prevs, step_sizes])(grads, RPROP)
     for index, want in enumerate(wanted):
         for name, tensor, value in zip(
             ("param", "prev", "step_size"),
@@ -83,10 +83,10 @@ def test_missing_gradients_get_no_work(device):
 def test_no_gradients_and_no_elements(device):
     params, grads, prevs, step_sizes = tensors([4, 4], device)
     before = [p.clone() for p in params]
-    launch.Launch(launch.rprop_, params, [prevs, step_sizes])([None, None], **RPROP)
+    launch.Launch(launch.rprop_, params, [prevs, step_sizes])([None, None], RPROP)
     assert all(map(torch.equal, params, before))
     params, grads, prevs, step_sizes = tensors([0, 0], device)
-    launch.Launch(launch.rprop_, params, [prevs, step_sizes])(grads, **RPROP)
+    launch.Launch(launch.rprop_, params, [prevs, step_sizes])(grads, RPROP)
 
 
 def test_a_table_is_uploaded_only_when_an_address_changed(device, monkeypatch):
@@ -98,10 +98,10 @@ def test_a_table_is_uploaded_only_when_an_address_changed(device, monkeypatch):
     update = launch.Launch(launch.rprop_, params, [prevs, step_sizes])
     partly = [None, others[1]]
     for chosen, count in ((grads, 1), (grads, 1), (others, 2), (grads, 2), (partly, 3)):
-        update(chosen, **RPROP)
+        update(chosen, RPROP)
         assert len(uploads) == count
     for _ in range(3 * tables.RECENT_TABLES):
-        update([torch.ones_like(grad) for grad in grads], **RPROP)
+        update([torch.ones_like(grad) for grad in grads], RPROP)
     assert len(update.tables._recent) <= tables.RECENT_TABLES
 
 
@@ -115,9 +115,9 @@ def test_an_interrupt_while_a_table_is_filled(device, monkeypatch):
     with monkeypatch.context() as meanwhile:
         meanwhile.setattr(torch, "frombuffer", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            update(grads, **RPROP)
+            update(grads, RPROP)
     want = list(expected(params, grads, prevs, step_sizes))
-    update(grads, **RPROP)
+    update(grads, RPROP)
     assert all(torch.equal(p, w[0]) for p, w in zip(params, want, strict=True))
 
 
@@ -135,7 +135,7 @@ def test_more_than_2_to_the_31_elements(device):
     update = launch.Launch(launch.rprop_, [param], [[prev], [step_size]])
     update.programs, update.grid = update.programs[-2:].clone(), (2, 1, 1)
     (want,) = expected(*([values] for values in small), torch.float16)
-    update([grad], **RPROP)
+    update([grad], RPROP)
     touched = numel - int(update.programs[0] & 0xFFFFFFFF) * launch.BLOCK
     assert 1024 < touched < tail
     assert torch.equal(param[-touched:], want[0][-touched:])
