@@ -135,7 +135,7 @@ class Group:
             if self.sharded:
                 lists = self.lists()
                 grads = self.plan.gradients(lists.grads, lists.written(), lists.steps)
-                self._written = self.native, []  # DTensors have versions of their own
+                self._written: Any = (self.native, [])  # DTensors have versions of their own
             else:
                 steps = list(map(_get_step, self.entries))
                 written = [*self.native]  # tuples of each entry's would wake the garbage collector

@@ -119,8 +119,8 @@ class Units:
         self._values = values if fixed else None  # else they are looked at at every step
 
     def flags(self, group: dict[str, Any]) -> Flags:
-        optimizer = self.optimizer
-        return Flags(optimizer.rule(group), optimizer._why_torch(group), bool(group.get("capturable")))
+        rule, why_torch = self.optimizer.rule(group), self.optimizer._why_torch(group)
+        return Flags(rule, why_torch, bool(group.get("capturable")))
 
     def _look_again(self, stale: Sequence[Unit], skip: Tensor | None) -> bool:
         """Looks at units anew, once their missing state has been made; False: do nothing."""

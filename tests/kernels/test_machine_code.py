@@ -156,7 +156,7 @@ def seen(update, *args, **hyper):
     "Launches anew and again: the same arguments must arrive, past the JIT."
     counts = []
     for _ in range(2):
-        update(grads, *args, **hyper)
+        update(grads, hyper, *args)
         counts.append(len(jitted))
     (function, grid, first), (_, _, second) = launched[-2:]
     assert launched[-1][:2] == launched[-2][:2] and len(first) == len(second)
