@@ -11,7 +11,7 @@ from tritonopt.device import INTERPRET
 
 skip_interpreted = pytest.mark.skipif(INTERPRET, reason="nothing is compiled")
 NAMES = sorted(OURS)
-BACKENDS = ["aot_eager", "inductor"]
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(autouse=True)

@@ -94,6 +94,7 @@ def tensors(dtype=torch.float32):
     return [*columns, [torch.zeros(()) for _ in range(3)]]
 
 
+@pytest.mark.slow
 def test_options_reach_inductor(monkeypatch):
     seen = []
     compile_fx = torch._inductor.compile_fx.compile_fx
@@ -139,6 +140,7 @@ def test_is_a_named_backend():
     assert point.load() is backend.tritonopt
 
 
+@pytest.mark.slow
 def test_explain():
     params = [torch.nn.Parameter(torch.randn(3)) for _ in range(2)]
     for p in params:
@@ -154,6 +156,7 @@ def test_explain():
     assert "no graph" in str(backend.explain(torch.optim.RMSprop(params).step))
 
 
+@pytest.mark.slow
 def test_is_imported_by_who_asks_for_it():
     code = (
         "import sys, tritonopt; assert 'tritonopt.compile' not in sys.modules;"
@@ -174,6 +177,7 @@ def test_wrong_options_of_inductor(wrong):
     assert torch.equal(param, torch.ones(3))
 
 
+@pytest.mark.slow
 def test_a_smaller_last_batch():
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.RMSprop(model.parameters())

@@ -197,9 +197,16 @@ def tensors(dtype=torch.float32):
     return [*columns, [torch.zeros(()) for _ in range(3)]]
 
 
+FAST = {masks, two_groups, gradient_is_state, sgd}
+ROWS = [
+    pytest.param(*row, marks=[] if row[0] in FAST else pytest.mark.slow)
+    for row in {**REPLACED, **LEFT}.items()
+]
+
+
 @pytest.mark.parametrize(
     ("function", "expect"),
-    {**REPLACED, **LEFT}.items(),
+    ROWS,
     ids=lambda x: getattr(x, "__name__", str(x)),
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")

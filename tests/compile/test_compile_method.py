@@ -30,9 +30,11 @@ from tritonopt.compile.fused import Graph
 
 __all__ = ["fresh"]  # an autouse fixture
 pytestmark = skip_interpreted
+slow = pytest.mark.slow
+SLOW_DTYPES = [pytest.param(d, marks=slow) for d in (torch.float64, torch.bfloat16)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *SLOW_DTYPES], ids=str)
 @pytest.mark.parametrize(("name", "kwargs"), [(n, k) for n in NAMES for k in KWARGS[n]], ids=str)
 def test_compiled_sweep(name, kwargs, dtype):
     shapes = ((3, 5), (), (0,), (700, 700), (7,))
@@ -51,6 +53,7 @@ def test_compiled_sweep(name, kwargs, dtype):
     assert graphs() <= 3
 
 
+@pytest.mark.slow
 def test_special_values():
     """A gradient of NaN or infinity is no reason to differ from eager."""
     ours, theirs = optimizers("Rprop", parameters(((64,), (3,))))
@@ -66,7 +69,7 @@ def test_special_values():
         torch.testing.assert_close(p, q, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("count", [2, 400])
+@pytest.mark.parametrize("count", [2, pytest.param(400, marks=slow)])
 def test_one_graph_for_any_number_of_parameters(count):
     ours, theirs = optimizers("Rprop", parameters(((64,),) * count))
     ours.compile()
@@ -186,6 +189,7 @@ def test_guards_are_asked_once_per_size_and_numbers(name, through_dynamo):
     assert_close(ours, theirs, rtol=0.0 if name == "Rprop" else 1e-3)
 
 
+@pytest.mark.slow
 def test_guards_are_asked_where_torch_is_set_otherwise(through_dynamo):
     ours, theirs = optimizers("RMSprop", parameters(((50,), (60,))))
     ours.compile()
@@ -206,6 +210,7 @@ def test_guards_are_asked_where_torch_is_set_otherwise(through_dynamo):
     assert_close(ours, theirs, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_numbers_that_are_none(through_dynamo):
     ours, theirs = optimizers("RMSprop", parameters(((50,), (60,))))
     ours.compile()
@@ -218,6 +223,7 @@ def test_numbers_that_are_none(through_dynamo):
         torch.testing.assert_close(p, q, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_bias_correction_is_a_number_of_the_loop():
     """Inductor would compute its power for every element."""
     ours, theirs = optimizers("RMSprop", parameters(((2**17,),)), bias_correction=True)
@@ -238,6 +244,7 @@ def test_other_backends_are_asked_at_every_step(through_dynamo):
     assert len(through_dynamo) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(100, 2**20), (2**20, 100)], ids=str)
 def test_the_size_compiled_first_does_not_decide_about_threads(sizes):
     """Inductor's graph of a dynamic size has the loop that suits the first one."""
@@ -253,6 +260,7 @@ def test_the_size_compiled_first_does_not_decide_about_threads(sizes):
     assert parallel == {100: False, 2**20: True}
 
 
+@pytest.mark.slow
 def test_options_reach_inductor():
     for kwargs in ({"options": {"cpp.threads": 1}}, {"mode": "max-autotune-no-cudagraphs"}):
         ours, theirs = optimizers("Rprop", parameters(((2**17,),)))
@@ -346,7 +354,7 @@ def test_switches_that_change():
     assert graphs() == 8
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", NAMES)
 def test_numbers_that_change_compile_nothing(name, backend, through_dynamo):
     kwargs = {"momentum": 0.9, "weight_decay": 0.1, "centered": True} if name == "RMSprop" else {}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from compile_cases import (
+    BACKENDS,
     EVENTS,
     NAMES,
     VARIANTS,
@@ -17,9 +18,7 @@ from compile_cases import (
 
 __all__ = ["fresh"]  # an autouse fixture
 pytestmark = skip_interpreted
-backends = pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
-)
+backends = pytest.mark.parametrize("backend", BACKENDS)
 names = pytest.mark.parametrize("name", NAMES)
 
 

@@ -28,7 +28,7 @@ import tritonopt
 __all__ = ["fresh"]  # an autouse fixture
 pytestmark = skip_interpreted
 slow = pytest.mark.slow
-backends = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=slow)])
+backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 @pytest.fixture

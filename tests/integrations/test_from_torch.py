@@ -109,6 +109,7 @@ assert calls == [1]
 """
 
 
+@pytest.mark.slow
 def test_hooks_are_called_where_no_optimizer_of_ours_was_built():
     subprocess.run([sys.executable, "-c", HOOKED], check=True)
 
