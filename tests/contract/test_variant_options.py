@@ -201,7 +201,7 @@ def test_refused(name, options, words):
     for look in (lambda o: None, lambda o: o.describe(), lambda o: (o.compile(), o.describe())):
         look(optimizer)
         with pytest.raises(ValueError, match=words):
-            optimizer.step()
+            optimizer.step(lambda: 1.0)
     assert torch.equal(param, torch.ones(3))
 
 
@@ -243,8 +243,7 @@ def test_irprop_plus_needs_the_loss(closure):
     param.grad = torch.ones(3)
     with pytest.raises(ValueError, match=r"variant='irprop\+' needs the loss"):
         optimizer.step(closure)
-    assert torch.equal(param, torch.ones(3))
-    assert optimizer.state[param]["step"] == 0
+    assert torch.equal(param, torch.ones(3)) and not optimizer.state
 
 
 # What is described.
