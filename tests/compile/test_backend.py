@@ -111,6 +111,7 @@ def test_options_reach_inductor(monkeypatch):
     assert {"max_fusion_size": 3} in seen
 
 
+@pytest.mark.slow
 def test_training_step_of_a_model():
     """Forward, backward and a stock step in one compiled function, against eager."""
 

@@ -31,11 +31,14 @@ from tritonopt.compile.fused import Graph
 __all__ = ["fresh"]  # an autouse fixture
 pytestmark = skip_interpreted
 slow = pytest.mark.slow
+SWEEPS = [
+    pytest.param(n, k, marks=[slow] if k else [], id=f"{n}-{k}") for n in NAMES for k in KWARGS[n]
+]
 SLOW_DTYPES = [pytest.param(d, marks=slow) for d in (torch.float64, torch.bfloat16)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *SLOW_DTYPES], ids=str)
-@pytest.mark.parametrize(("name", "kwargs"), [(n, k) for n in NAMES for k in KWARGS[n]], ids=str)
+@pytest.mark.parametrize(("name", "kwargs"), SWEEPS, ids=str)
 def test_compiled_sweep(name, kwargs, dtype):
     shapes = ((3, 5), (), (0,), (700, 700), (7,))
     params = [torch.nn.Parameter(p.detach().to(dtype)) for p in parameters(shapes)]
