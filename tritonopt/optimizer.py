@@ -253,9 +253,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Performs one optimization step.
 
-        In a compiled function dynamo breaks the graph here, as around torch's own step. A CUDA graph
-        can capture it, with ``capturable=True`` and a tensor ``lr`` on the device, once a step has
-        been taken outside of the capture.
+        In a compiled function dynamo breaks the graph here, as around torch's own step. A CUDA
+        graph can capture it, with ``capturable=True`` and a tensor ``lr`` on the device, once a
+        step has been taken outside of the capture.
 
         Args:
             closure: reevaluates the model and returns the loss. It runs with gradients enabled; the
@@ -335,15 +335,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     def compile(self, **kwargs: Any) -> None:
         """From now on :meth:`step` runs compiled code: :meth:`torch.nn.Module.compile` for steps.
 
-        What is compiled is the update rule over flat memory: one graph with a handful of inputs for
-        any number of parameters. Hyperparameters that change compile nothing anew. It concerns
+        What is compiled is the update rule over flat memory: one graph with a handful of inputs
+        for any number of parameters. Hyperparameters that change compile nothing anew. It concerns
         parameters on a CPU, where it fuses the rule into one loop; on an accelerator a step is one
         kernel anyway. Results equal eager ones up to rounding. It survives checkpoints, copies,
-        pickling and moved parameters, and does not count against dynamo's limit of recompilations.
+        pickling and moved parameters, and does not count against dynamo's recompilation limit.
 
         Args:
-            kwargs: of :func:`torch.compile`; ``dynamic=True`` unless given. Loops over 2^15 elements
-                and more use torch's threads, unless ``options={"cpp.threads": n}`` decides.
+            kwargs: of :func:`torch.compile`; ``dynamic=True`` unless given. Loops over 2^15
+                elements and more use torch's threads, unless ``options={"cpp.threads": n}`` decides.
 
         Example:
             >>> optimizer = tritonopt.RMSprop(model.parameters())
@@ -359,11 +359,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def describe(self) -> str:
         """A table of what updates which parameters, and why any of them is not packed.
 
-        A line is what one launch, or one sweep on a CPU, can update: parameters of one group, device
-        and dtype. *packed* ones lie in a slab, or will from the first step on; *in place* ones take
-        part from where they are; *torch* ones are left to torch's functional implementation. The
-        bytes are the least a step can move: parameter, gradient and state read, parameter and state
-        written. Below, the reasons.
+        A line is what one launch, or one sweep on a CPU, can update: parameters of one group,
+        device and dtype. *packed* ones lie in a slab, or will from the first step on; *in place*
+        ones take part from where they are; *torch* ones are left to torch's functional
+        implementation. The bytes are the least a step can move: parameter, gradient and state
+        read, parameter and state written. Below the table stand the reasons.
 
         Example:
             >>> model = torch.nn.Linear(4, 4)

@@ -51,8 +51,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         differentiable: let autograd run through :meth:`step`; selects torch's own implementation.
         fused_amp: let :class:`torch.amp.GradScaler` hand over its scale and whether gradients are
             infinite, instead of writing the gradients. A step with infinite ones leaves no trace;
-            only the step that makes state waits for the device. Lightning refuses gradient clipping
-            of its own then.
+            only the step that makes state waits for the device. Lightning refuses gradient
+            clipping of its own then.
         max_grad_norm: the step counts gradients as if they had first been clipped to this 2-norm
             over all param groups, without writing them. :attr:`grad_norm`, a tensor, holds the norm
             before: of all ranks under FSDP2, of this rank's parameters under FSDP1 and ZeRO.
@@ -62,8 +62,9 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         initial_scale: what ``square_avg`` starts from.
         nesterov: the step is :math:`\mu b_t` plus what was last added to :math:`b_t`.
         bias_correction: :math:`v_t` and the running mean of the gradient are divided by
-            :math:`1 - \alpha^t`, where :math:`t` counts the parameter's own steps. With ``centered``,
-            too, the first step divides by ``eps`` alone: one gradient has no variance.
+            :math:`1 - \alpha^t`, where :math:`t` counts the steps of the parameter. With
+            ``centered``, too, the first step divides by ``eps`` alone: one gradient has no
+            variance.
         decoupled_weight_decay: :math:`\theta` is multiplied by :math:`1 - \gamma \lambda` before
             the update, and the gradient left as it is.
 
@@ -71,7 +72,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     torch can do raises. A checkpoint that lacks them leaves the values that the optimizer was built
     with; torch loads ours and leaves them aside.
 
-    State is made, as in torch, at the first step at which a parameter has a gradient. Of each parameter, each of its shape and dtype but ``step`` (a float32 scalar): ``step``,
+    State is made, as in torch, at the first step at which a parameter has a gradient. Of each
+    parameter, each of its shape and dtype but ``step`` (a float32 scalar): ``step``,
     ``square_avg``, ``momentum_buffer`` if ``momentum`` is positive, ``grad_avg`` if ``centered``.
 
     Raises:
