@@ -56,12 +56,12 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from tritonopt.describe import table
 from tritonopt.device import path
-from tritonopt.eligible import why_watched
 from tritonopt.group import Group
-from tritonopt.plan import Rule, update_alone
+from tritonopt.plan import Rule
+from tritonopt.rule import RuleOptimizer
 from tritonopt.scaling import NONE, Scaling, scaled, scaling, total_norm
 from tritonopt.span import all_given
-from tritonopt.state import make_state, pack_on_accelerator
+from tritonopt.state import pack_on_accelerator
 from tritonopt.sweep import Sweep
 from tritonopt.units import Unit, Units, has_fused_amp
 
@@ -71,16 +71,13 @@ _HAS_ACCELERATOR = torch.accelerator.current_accelerator() is not None
 """Whether this torch is built for one, which a graph may be capturing on."""
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(RuleOptimizer):
     """A base of optimizers whose rule updates every element by itself: see the module's docstring.
 
     Mixed in before one of torch's optimizers, it leaves validation, texts and old checkpoints to
     that one.
     """
 
-    _names: tuple[str, ...]  # of the options that a step looks at
-    _options: dict[str, Any] = {}  # that torch does not have, with the values of torch's rule
-    _like_gradient: tuple[str, ...] = ()  # state that torch makes in the gradient's dtype
     _sweep: Callable[..., Sweep] = Sweep
     _compile_kwargs: dict[str, Any] | None = None
     _units: Units
@@ -156,84 +153,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Takes over after `__class__` was changed from torch's optimizer."""
         self._patch_step_function()  # hooks and profiler names, once per class
         self._begin(self._options)
-
-    # What a subclass says of its rule.
-
-    def rule(self, group: dict[str, Any]) -> Rule:
-        """The rule that the options of a param group ask for."""
-        raise NotImplementedError
-
-    def hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The rule's keyword arguments: numbers, booleans and strings."""
-        raise NotImplementedError
-
-    def initial(self, key: str, group: dict[str, Any]) -> float:
-        """The value with which a state tensor begins."""
-        return 0.0
-
-    def update_by_torch(self, group: dict[str, Any]) -> None:
-        """A step of all parameters of `group` by torch's functions: here, by the eager rule."""
-        rule, hyper = self.rule(group), self.hyper(group)
-        starts = {key: self.initial(key, group) for key in rule.used}
-        for param in group["params"]:
-            if param.grad is None:
-                continue
-            if not self.state.get(param):
-                make_state(self.state, [param], starts, self._like_gradient, False)
-            entry = self.state[param]
-            entry["step"].add_(1)
-            step = {"step": float(entry["step"])} if rule.takes_step else {}
-            states = [entry[key] if key in rule.used else None for key in rule.state]
-            update_alone(rule, param, param.grad, states, {**hyper, **step})
-
-    def _why_torch(self, group: dict[str, Any]) -> str | None:
-        """Why a group is left to torch as a whole; None if it is not."""
-        if group.get("differentiable"):
-            return "differentiable=True"
-        if group.get("foreach") is not None:
-            return f"foreach={group['foreach']}"
-        return why_watched()
-
-    def _check(self, group: dict[str, Any]) -> None:
-        """Raises ValueError where an option has a wrong value or does not go with another."""
-        for name in ("fused_amp", "max_grad_norm"):
-            if name in group:
-                raise ValueError(f"{name} concerns all param groups: give it to the constructor")
-        option = self._beyond_torch(group)
-        why = self._why_torch(group) if option else None
-        if why:
-            raise ValueError(f"{option} is not in torch's implementation, which {why} selects")
-
-    def _option(self, group: dict[str, Any], name: str) -> Any:
-        """The value of an option that torch does not have."""
-        return group.get(name, self._options[name])
-
-    def _beyond_torch(self, group: dict[str, Any]) -> str | None:
-        """An option in force that torch does not have; None if torch has the group's rule."""
-        for name, value in self._options.items():
-            if self._option(group, name) != value:
-                return f"{name}={self._option(group, name)!r}"
-        return None
-
-    # Of use to Rprop alone.
-
-    def _is_dummy_step(self, bare: Sequence[Tensor]) -> bool:
-        """Whether somebody only wants the state made, as `get_optimizer_state_dict` does."""
-        return False
-
-    def _is_untrained(self, entry: Any) -> bool:
-        """Whether state was made by a dummy step and is to be started from the options."""
-        return False
-
-    def _start(self, group: dict[str, Any], entry: Any) -> None:
-        """Starts untrained state."""
-
-    def _loss_value(self, loss: Any) -> float | None:
-        """The loss, where the host must know it; raises where it cannot. Called before all else."""
-        return None
-
-    def _see_loss(self, value: float) -> None:
-        """Called before anything is updated, if the step is not skipped."""
 
     # The step.
 
@@ -343,7 +262,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Args:
             kwargs: of :func:`torch.compile`; ``dynamic=True`` unless given. Loops over 2^15
-                elements and more use torch's threads, unless ``options={"cpp.threads": n}`` decides.
+                elements and more use torch's threads, or what ``options={"cpp.threads": n}`` says.
 
         Example:
             >>> optimizer = tritonopt.RMSprop(model.parameters())
