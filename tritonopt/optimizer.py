@@ -50,12 +50,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo import eval_frame
 from torch.autograd import _profiler_enabled
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from tritonopt.compile.untraced import untraced
 from tritonopt.describe import table
-from tritonopt.device import path
 from tritonopt.group import Group
 from tritonopt.plan import Rule
 from tritonopt.rule import RuleOptimizer
@@ -114,7 +113,11 @@ class FusedOptimizer(RuleOptimizer):
                 group.setdefault(name, value)
             self._check(group)
         self._units = Units(self)
-        for group in self.param_groups:
+        self._pack(self.param_groups)
+
+    def _pack(self, groups: Sequence[dict[str, Any]]) -> None:
+        self._units.packed = False  # what lies on a CPU is packed at the next step
+        for group in groups:
             if not self._why_torch(group):
                 pack_on_accelerator(group["params"])
 
@@ -124,10 +127,7 @@ class FusedOptimizer(RuleOptimizer):
             self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
         if built:
-            self._units.packed = False
-            group = self.param_groups[-1]
-            if not self._why_torch(group):
-                pack_on_accelerator(group["params"])
+            self._pack(self.param_groups[-1:])
 
     def __getstate__(self) -> dict[str, Any]:
         names = {"max_grad_norm", "_step_supports_amp_scaling", "_compile_kwargs"}
@@ -163,7 +163,9 @@ class FusedOptimizer(RuleOptimizer):
 
         @wraps(func)
         def step(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or _profiler_enabled() or _has_step_hooks(self):
+            hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+            hooks = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+            if torch.compiler.is_compiling() or _profiler_enabled() or hooks:
                 return watched(self, *args, **kwargs)
             return func(self, *args, **kwargs)
 
@@ -198,6 +200,10 @@ class FusedOptimizer(RuleOptimizer):
     # A scheduler wraps a step without this mark, to set `_opt_called`, in a file that dynamo skips.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
+    @untraced(
+        "a step of tritonopt runs as it is, between graphs: it is one launch, which a compiler "
+        "could only slow down. Call optimizer.step() outside of what fullgraph=True compiles"
+    )
     def _update(self, loss: Any) -> None:
         """What is left of a step once the gradients are there; dynamo does not trace it."""
         if _HAS_ACCELERATOR:
@@ -229,7 +235,7 @@ class FusedOptimizer(RuleOptimizer):
             return NONE
         norm = None if self.max_grad_norm is None else total_norm([w[1:] for w in work])
         found, self.grad_norm = scaling(norm, self.max_grad_norm, grad_scale, skip)
-        if skip is not None and (waits or not all(_in_kernels(known) for _, known, _ in work)):
+        if skip is not None and (waits or not all(known.in_kernels() for _, known, _ in work)):
             return None if skip.item() else found._replace(skip=None)
         return found
 
@@ -292,31 +298,3 @@ class FusedOptimizer(RuleOptimizer):
         """
         sweep: Any = getattr(self._sweep, "func", self._sweep)
         return table(self._units.each_group(), sweep.path, self._units.packed)
-
-
-def _in_kernels(known: Group) -> bool:
-    """Whether kernels alone update the group's parameters."""
-    parts = known.plan.parts if known.plan is not None else []
-    return not known.fallback and all(path(part.device)[0] == "kernel" for part in parts)
-
-
-def _has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(
-        optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-        or _global_optimizer_pre_hooks
-        or _global_optimizer_post_hooks
-    )
-
-
-# What `torch.compiler.disable` does, without the import of dynamo that it takes: in a graph this is
-# the reason of a graph break, and of the error under `fullgraph=True`.
-FusedOptimizer._update._torchdynamo_disable = True  # type: ignore[attr-defined]
-FusedOptimizer._update._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
-    "a step of tritonopt runs as it is, between graphs: it is one launch, which a compiler could "
-    "only slow down. Call optimizer.step() outside of what is compiled with fullgraph=True"
-)
-_SKIP = eval_frame._FrameAction.SKIP
-eval_frame.set_code_exec_strategy(
-    FusedOptimizer._update.__code__, eval_frame._FrameExecStrategy(_SKIP, _SKIP)
-)
