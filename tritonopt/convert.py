@@ -22,7 +22,8 @@ def from_torch(optimizer: torch.optim.Optimizer) -> RMSprop | Rprop:
     """Turns a `torch.optim.RMSprop` or `Rprop` into ours, in the middle of a training or before.
 
     The object stays the same one, so that schedulers, loops and whoever else holds it need not
-    know; param groups, state and hooks are kept.
+    know; param groups, state and hooks are kept. A group with ``foreach=True`` or ``False`` goes on
+    to select torch's own implementation.
 
     Args:
         optimizer: of exactly one of these two classes. One of ours is returned as it is.

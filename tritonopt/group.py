@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _get_capturable_supported_devices
 
-from tritonopt.device import is_capturing
+from tritonopt.device import is_capturing, path
 from tritonopt.eligible import (
     BAD_GRADIENT,
     is_plain,
@@ -160,6 +160,11 @@ class Group:
         if grads is None:
             return tensors[::-1]  # what was looked at last is in the processor's cache
         return [t for t, grad in zip(tensors, cycle(grads), strict=False) if grad is not None]
+
+    def in_kernels(self) -> bool:
+        """Whether kernels alone update the parameters."""
+        parts = self.plan.parts if self.plan is not None else []
+        return not self.fallback and all(path(part.device)[0] == "kernel" for part in parts)
 
     def expected(self) -> list[tuple[Tensor, str | None]]:
         """Parameters that have no state yet, and why torch will update them, if it will."""

@@ -1,4 +1,8 @@
-"""Lightning: a callback that puts our optimizers in the place of torch's."""
+"""Lightning: a callback that puts our optimizers in the place of torch's.
+
+On the command line of LightningCLI name classes in full, `--optimizer=tritonopt.RMSprop` or
+`torch.optim.RMSprop`: of two classes called RMSprop it takes none by its short name.
+"""
 
 from __future__ import annotations
 

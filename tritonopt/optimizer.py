@@ -50,18 +50,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo import eval_frame
 from torch.autograd import _profiler_enabled
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
+from tritonopt.compile.untraced import untraced
 from tritonopt.describe import table
-from tritonopt.device import path
-from tritonopt.eligible import why_watched
 from tritonopt.group import Group
-from tritonopt.plan import Rule, update_alone
+from tritonopt.plan import Rule
+from tritonopt.rule import RuleOptimizer
 from tritonopt.scaling import NONE, Scaling, scaled, scaling, total_norm
 from tritonopt.span import all_given
-from tritonopt.state import make_state, pack_on_accelerator
+from tritonopt.state import pack_on_accelerator
 from tritonopt.sweep import Sweep
 from tritonopt.units import Unit, Units, has_fused_amp
 
@@ -71,16 +70,13 @@ _HAS_ACCELERATOR = torch.accelerator.current_accelerator() is not None
 """Whether this torch is built for one, which a graph may be capturing on."""
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(RuleOptimizer):
     """A base of optimizers whose rule updates every element by itself: see the module's docstring.
 
     Mixed in before one of torch's optimizers, it leaves validation, texts and old checkpoints to
     that one.
     """
 
-    _names: tuple[str, ...]  # of the options that a step looks at
-    _options: dict[str, Any] = {}  # that torch does not have, with the values of torch's rule
-    _like_gradient: tuple[str, ...] = ()  # state that torch makes in the gradient's dtype
     _sweep: Callable[..., Sweep] = Sweep
     _compile_kwargs: dict[str, Any] | None = None
     _units: Units
@@ -117,7 +113,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 group.setdefault(name, value)
             self._check(group)
         self._units = Units(self)
-        for group in self.param_groups:
+        self._pack(self.param_groups)
+
+    def _pack(self, groups: Sequence[dict[str, Any]]) -> None:
+        self._units.packed = False  # what lies on a CPU is packed at the next step
+        for group in groups:
             if not self._why_torch(group):
                 pack_on_accelerator(group["params"])
 
@@ -127,10 +127,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
         if built:
-            self._units.packed = False
-            group = self.param_groups[-1]
-            if not self._why_torch(group):
-                pack_on_accelerator(group["params"])
+            self._pack(self.param_groups[-1:])
 
     def __getstate__(self) -> dict[str, Any]:
         names = {"max_grad_norm", "_step_supports_amp_scaling", "_compile_kwargs"}
@@ -157,84 +154,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._patch_step_function()  # hooks and profiler names, once per class
         self._begin(self._options)
 
-    # What a subclass says of its rule.
-
-    def rule(self, group: dict[str, Any]) -> Rule:
-        """The rule that the options of a param group ask for."""
-        raise NotImplementedError
-
-    def hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The rule's keyword arguments: numbers, booleans and strings."""
-        raise NotImplementedError
-
-    def initial(self, key: str, group: dict[str, Any]) -> float:
-        """The value with which a state tensor begins."""
-        return 0.0
-
-    def update_by_torch(self, group: dict[str, Any]) -> None:
-        """A step of all parameters of `group` by torch's functions: here, by the eager rule."""
-        rule, hyper = self.rule(group), self.hyper(group)
-        starts = {key: self.initial(key, group) for key in rule.used}
-        for param in group["params"]:
-            if param.grad is None:
-                continue
-            if not self.state.get(param):
-                make_state(self.state, [param], starts, self._like_gradient, False)
-            entry = self.state[param]
-            entry["step"].add_(1)
-            step = {"step": float(entry["step"])} if rule.takes_step else {}
-            states = [entry[key] if key in rule.used else None for key in rule.state]
-            update_alone(rule, param, param.grad, states, {**hyper, **step})
-
-    def _why_torch(self, group: dict[str, Any]) -> str | None:
-        """Why a group is left to torch as a whole; None if it is not."""
-        if group.get("differentiable"):
-            return "differentiable=True"
-        if group.get("foreach") is not None:
-            return f"foreach={group['foreach']}"
-        return why_watched()
-
-    def _check(self, group: dict[str, Any]) -> None:
-        """Raises ValueError where an option has a wrong value or does not go with another."""
-        for name in ("fused_amp", "max_grad_norm"):
-            if name in group:
-                raise ValueError(f"{name} concerns all param groups: give it to the constructor")
-        option = self._beyond_torch(group)
-        why = self._why_torch(group) if option else None
-        if why:
-            raise ValueError(f"{option} is not in torch's implementation, which {why} selects")
-
-    def _option(self, group: dict[str, Any], name: str) -> Any:
-        """The value of an option that torch does not have."""
-        return group.get(name, self._options[name])
-
-    def _beyond_torch(self, group: dict[str, Any]) -> str | None:
-        """An option in force that torch does not have; None if torch has the group's rule."""
-        for name, value in self._options.items():
-            if self._option(group, name) != value:
-                return f"{name}={self._option(group, name)!r}"
-        return None
-
-    # Of use to Rprop alone.
-
-    def _is_dummy_step(self, bare: Sequence[Tensor]) -> bool:
-        """Whether somebody only wants the state made, as `get_optimizer_state_dict` does."""
-        return False
-
-    def _is_untrained(self, entry: Any) -> bool:
-        """Whether state was made by a dummy step and is to be started from the options."""
-        return False
-
-    def _start(self, group: dict[str, Any], entry: Any) -> None:
-        """Starts untrained state."""
-
-    def _loss_value(self, loss: Any) -> float | None:
-        """The loss, where the host must know it; raises where it cannot. Called before all else."""
-        return None
-
-    def _see_loss(self, value: float) -> None:
-        """Called before anything is updated, if the step is not skipped."""
-
     # The step.
 
     @staticmethod
@@ -244,7 +163,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         @wraps(func)
         def step(self: FusedOptimizer, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_compiling() or _profiler_enabled() or _has_step_hooks(self):
+            hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
+            hooks = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+            if torch.compiler.is_compiling() or _profiler_enabled() or hooks:
                 return watched(self, *args, **kwargs)
             return func(self, *args, **kwargs)
 
@@ -252,6 +173,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Performs one optimization step.
+
+        In a compiled function dynamo breaks the graph here, as around torch's own step. A CUDA
+        graph can capture it, with ``capturable=True`` and a tensor ``lr`` on the device, once a
+        step has been taken outside of the capture.
 
         Args:
             closure: reevaluates the model and returns the loss. It runs with gradients enabled; the
@@ -275,6 +200,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     # A scheduler wraps a step without this mark, to set `_opt_called`, in a file that dynamo skips.
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
+    @untraced(
+        "a step of tritonopt runs as it is, between graphs: it is one launch, which a compiler "
+        "could only slow down. Call optimizer.step() outside of what fullgraph=True compiles"
+    )
     def _update(self, loss: Any) -> None:
         """What is left of a step once the gradients are there; dynamo does not trace it."""
         if _HAS_ACCELERATOR:
@@ -306,7 +235,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             return NONE
         norm = None if self.max_grad_norm is None else total_norm([w[1:] for w in work])
         found, self.grad_norm = scaling(norm, self.max_grad_norm, grad_scale, skip)
-        if skip is not None and (waits or not all(_in_kernels(known) for _, known, _ in work)):
+        if skip is not None and (waits or not all(known.in_kernels() for _, known, _ in work)):
             return None if skip.item() else found._replace(skip=None)
         return found
 
@@ -331,12 +260,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     def compile(self, **kwargs: Any) -> None:
         """From now on :meth:`step` runs compiled code: :meth:`torch.nn.Module.compile` for steps.
 
-        What is compiled is the update rule over flat memory: one graph with a handful of inputs for
-        any number of parameters, which a scheduler does not change. It concerns parameters on a
-        CPU, where it fuses the rule into one loop; on an accelerator a step is one kernel anyway.
+        What is compiled is the update rule over flat memory: one graph with a handful of inputs
+        for any number of parameters. Hyperparameters that change compile nothing anew. It concerns
+        parameters on a CPU, where it fuses the rule into one loop; on an accelerator a step is one
+        kernel anyway. Results equal eager ones up to rounding. It survives checkpoints, copies,
+        pickling and moved parameters, and does not count against dynamo's recompilation limit.
 
         Args:
-            kwargs: of :func:`torch.compile`; ``dynamic=True`` unless given.
+            kwargs: of :func:`torch.compile`; ``dynamic=True`` unless given. Loops over 2^15
+                elements and more use torch's threads, or what ``options={"cpp.threads": n}`` says.
 
         Example:
             >>> optimizer = tritonopt.RMSprop(model.parameters())
@@ -352,10 +284,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def describe(self) -> str:
         """A table of what updates which parameters, and why any of them is not packed.
 
-        A line is what one launch, or one sweep on a CPU, updates: parameters of one group, device
-        and dtype. *packed* ones lie in a slab, *in place* ones take part from where they are,
-        *torch* ones are left to torch's functional implementation. The bytes are the least a step
-        can move: parameter, gradient and state read, parameter and state written.
+        A line is what one launch, or one sweep on a CPU, can update: parameters of one group,
+        device and dtype. *packed* ones lie in a slab, or will from the first step on; *in place*
+        ones take part from where they are; *torch* ones are left to torch's functional
+        implementation. The bytes are the least a step can move: parameter, gradient and state
+        read, parameter and state written. Below the table stand the reasons.
 
         Example:
             >>> model = torch.nn.Linear(4, 4)
@@ -365,31 +298,3 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         sweep: Any = getattr(self._sweep, "func", self._sweep)
         return table(self._units.each_group(), sweep.path, self._units.packed)
-
-
-def _in_kernels(known: Group) -> bool:
-    """Whether kernels alone update the group's parameters."""
-    parts = known.plan.parts if known.plan is not None else []
-    return not known.fallback and all(path(part.device)[0] == "kernel" for part in parts)
-
-
-def _has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
-    return bool(
-        optimizer._optimizer_step_pre_hooks
-        or optimizer._optimizer_step_post_hooks
-        or _global_optimizer_pre_hooks
-        or _global_optimizer_post_hooks
-    )
-
-
-# What `torch.compiler.disable` does, without the import of dynamo that it takes: in a graph this is
-# the reason of a graph break, and of the error under `fullgraph=True`.
-FusedOptimizer._update._torchdynamo_disable = True  # type: ignore[attr-defined]
-FusedOptimizer._update._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
-    "a step of tritonopt runs as it is, between graphs: it is one launch, which a compiler could "
-    "only slow down. Call optimizer.step() outside of what is compiled with fullgraph=True"
-)
-_SKIP = eval_frame._FrameAction.SKIP
-eval_frame.set_code_exec_strategy(
-    FusedOptimizer._update.__code__, eval_frame._FrameExecStrategy(_SKIP, _SKIP)
-)

@@ -50,25 +50,30 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         maximize: ascend instead of descend.
         differentiable: let autograd run through :meth:`step`; selects torch's own implementation.
         fused_amp: let :class:`torch.amp.GradScaler` hand over its scale and whether gradients are
-            infinite, instead of passing over the gradients itself. Lightning refuses gradient
+            infinite, instead of writing the gradients. A step with infinite ones leaves no trace;
+            only the step that makes state waits for the device. Lightning refuses gradient
             clipping of its own then.
         max_grad_norm: the step counts gradients as if they had first been clipped to this 2-norm
-            over all param groups, without writing them. :attr:`grad_norm` holds the norm before.
+            over all param groups, without writing them. :attr:`grad_norm`, a tensor, holds the norm
+            before: of all ranks under FSDP2, of this rank's parameters under FSDP1 and ZeRO.
         eps_in_sqrt: the denominator is :math:`\sqrt{v_t + \epsilon}`.
         lr_in_momentum: :math:`b_t = \mu b_{t-1} + \gamma g_t / (\sqrt{v_t} + \epsilon)` and
             :math:`\theta_t = \theta_{t-1} - b_t`: a new ``lr`` leaves earlier updates as they were.
         initial_scale: what ``square_avg`` starts from.
         nesterov: the step is :math:`\mu b_t` plus what was last added to :math:`b_t`.
         bias_correction: :math:`v_t` and the running mean of the gradient are divided by
-            :math:`1 - \alpha^t`. With ``centered``, too, the first step divides by ``eps`` alone.
+            :math:`1 - \alpha^t`, where :math:`t` counts the steps of the parameter. With
+            ``centered``, too, the first step divides by ``eps`` alone: one gradient has no
+            variance.
         decoupled_weight_decay: :math:`\theta` is multiplied by :math:`1 - \gamma \lambda` before
             the update, and the gradient left as it is.
 
     From ``fused_amp`` on, options are not torch's; with one from ``eps_in_sqrt`` on, what only
-    torch can do raises. A checkpoint of torch loads with all of these off; torch loads ours and
-    leaves them aside.
+    torch can do raises. A checkpoint that lacks them leaves the values that the optimizer was built
+    with; torch loads ours and leaves them aside.
 
-    State of each parameter, each of its shape and dtype but ``step`` (a float32 scalar): ``step``,
+    State is made, as in torch, at the first step at which a parameter has a gradient. Of each
+    parameter, each of its shape and dtype but ``step`` (a float32 scalar): ``step``,
     ``square_avg``, ``momentum_buffer`` if ``momentum`` is positive, ``grad_avg`` if ``centered``.
 
     Raises:

@@ -47,11 +47,7 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         foreach: given explicitly, True or False selects torch's own implementation.
         maximize: ascend instead of descend.
         differentiable: let autograd run through :meth:`step`; selects torch's own implementation.
-        fused_amp: let :class:`torch.amp.GradScaler` hand over its scale and whether gradients are
-            infinite, instead of passing over the gradients itself. Lightning refuses gradient
-            clipping of its own then.
-        max_grad_norm: the step counts gradients as if they had first been clipped to this 2-norm
-            over all param groups, without writing them. :attr:`grad_norm` holds the norm before.
+        fused_amp, max_grad_norm: as of :class:`tritonopt.RMSprop`.
         variant: what happens to an element whose gradient changes its sign, besides that its step
             size shrinks. All but the first are not in torch: with them, what only torch can do
             raises.
@@ -63,7 +59,8 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
               put (Igel & Hüsken 2000). The loss is what the closure given to :meth:`step` returns;
               the last one is ``last_loss`` of the param group. With ``maximize``: if it fell.
 
-    State of each parameter, each of its shape and dtype but ``step`` (a float32 scalar): ``step``,
+    State is made, as in torch, at the first step at which a parameter has a gradient. Of each
+    parameter, each of its shape and dtype but ``step`` (a float32 scalar): ``step``,
     ``prev`` (the last gradient, 0 after a change of sign), ``step_size``, in the gradient's dtype.
     In torch, ``get_optimizer_state_dict`` before the first step ruins training: it takes one step
     with an ``lr`` of 0, and step sizes become the least there is. Here that step makes state and

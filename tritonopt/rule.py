@@ -1,0 +1,97 @@
+"""What an optimizer says of its rule and options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonopt.eligible import why_watched
+from tritonopt.plan import Rule, update_alone
+from tritonopt.state import make_state
+
+
+class RuleOptimizer(torch.optim.Optimizer):
+    """The part of :class:`tritonopt.optimizer.FusedOptimizer` that a rule overrides."""
+
+    _names: tuple[str, ...]  # of the options that a step looks at
+    _options: dict[str, Any] = {}  # that torch does not have, with the values of torch's rule
+    _like_gradient: tuple[str, ...] = ()  # state that torch makes in the gradient's dtype
+
+    def rule(self, group: dict[str, Any]) -> Rule:
+        """The rule that the options of a param group ask for."""
+        raise NotImplementedError
+
+    def hyper(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The rule's keyword arguments: numbers, booleans and strings."""
+        raise NotImplementedError
+
+    def initial(self, key: str, group: dict[str, Any]) -> float:
+        """The value with which a state tensor begins."""
+        return 0.0
+
+    def update_by_torch(self, group: dict[str, Any]) -> None:
+        """A step of all parameters of `group` by torch's functions: here, by the eager rule."""
+        rule, hyper = self.rule(group), self.hyper(group)
+        starts = {key: self.initial(key, group) for key in rule.used}
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            if not self.state.get(param):
+                make_state(self.state, [param], starts, self._like_gradient, False)
+            entry = self.state[param]
+            entry["step"].add_(1)
+            step = {"step": float(entry["step"])} if rule.takes_step else {}
+            states = [entry[key] if key in rule.used else None for key in rule.state]
+            update_alone(rule, param, param.grad, states, {**hyper, **step})
+
+    def _why_torch(self, group: dict[str, Any]) -> str | None:
+        """Why a group is left to torch as a whole; None if it is not."""
+        if group.get("differentiable"):
+            return "differentiable=True"
+        if group.get("foreach") is not None:
+            return f"foreach={group['foreach']}"
+        return why_watched()
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raises ValueError where an option has a wrong value or does not go with another."""
+        for name in ("fused_amp", "max_grad_norm"):
+            if name in group:
+                raise ValueError(f"{name} concerns all param groups: give it to the constructor")
+        option = self._beyond_torch(group)
+        why = self._why_torch(group) if option else None
+        if why:
+            raise ValueError(f"{option} is not in torch's implementation, which {why} selects")
+
+    def _option(self, group: dict[str, Any], name: str) -> Any:
+        """The value of an option that torch does not have."""
+        return group.get(name, self._options[name])
+
+    def _beyond_torch(self, group: dict[str, Any]) -> str | None:
+        """An option in force that torch does not have; None if torch has the group's rule."""
+        for name, value in self._options.items():
+            if self._option(group, name) != value:
+                return f"{name}={self._option(group, name)!r}"
+        return None
+
+    # Of use to Rprop alone.
+
+    def _is_dummy_step(self, bare: Sequence[Tensor]) -> bool:
+        """Whether somebody only wants the state made, as `get_optimizer_state_dict` does."""
+        return False
+
+    def _is_untrained(self, entry: Any) -> bool:
+        """Whether state was made by a dummy step and is to be started from the options."""
+        return False
+
+    def _start(self, group: dict[str, Any], entry: Any) -> None:
+        """Starts untrained state."""
+
+    def _loss_value(self, loss: Any) -> float | None:
+        """The loss, where the host must know it; raises where it cannot. Called before all else."""
+        return None
+
+    def _see_loss(self, value: float) -> None:
+        """Called before anything is updated, if the step is not skipped."""
