@@ -171,6 +171,7 @@ def step_both(ours, theirs, missing=()):
     theirs.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_guards_are_asked_once_per_size_and_numbers(name, through_dynamo):
     """Wherever in a slab the memory lies: the vectors, as two pieces, in the middle of one."""

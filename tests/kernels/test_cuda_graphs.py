@@ -128,7 +128,7 @@ def test_interpreted_replays_equal_eager(name, capture):
     table = launch.tables.find(tuple(p.grad.data_ptr() for p in params))
     hyper = optimizer.hyper(optimizer.param_groups[0])
     capture["on"] = False
-    for number in range(100):
+    for number in range(20):
         for p, q in zip(params, copies, strict=True):
             q.grad = p.grad.normal_().clone()
         lr.fill_(0.01 * 0.97**number)

@@ -20,7 +20,7 @@ SOME = {
     "kernels/test_cuda_graphs.py": "captures, tables",
     "kernels/test_launches.py": "sizes, addresses, missing gradients",
     "rules/test_third_rule.py": "a rule of somebody else's",
-    "rules/test_clipping_and_scaling.py": "fused_amp, max_grad_norm",
+    "rules/test_clipping_and_scaling.py::test_amp": "fused_amp, max_grad_norm",
     "rules/test_parity_with_torch.py::test_half_precision_is_fp32_rounded_once": "options, dtypes",
     "rules/test_variant_formulas.py::test_rprop_kernel_has_the_bits_of_the_eager_rule": "variants",
     "rules/test_variant_formulas.py::test_rmsprop_kernel_is_near_the_eager_rule": "variants",
