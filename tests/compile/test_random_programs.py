@@ -295,7 +295,7 @@ def slow(params):
     return [pytest.param(*p.values, id=p.id, marks=pytest.mark.slow) for p in params]
 
 
-@pytest.mark.parametrize("programs", [*together(0, 3, 3), *slow(together(1000, 80))])
+@pytest.mark.parametrize("programs", [*together(0, 1, 1), *slow(together(1000, 80))])
 def test_public_ops_under_inductor(programs):
     check_together(programs, "inductor", op)
 
@@ -306,7 +306,7 @@ def test_public_ops(programs, backend):
     check_together(programs, backend, op)
 
 
-@pytest.mark.parametrize("programs", [*together(40, 3, 3), *slow(together(3000, 80))])
+@pytest.mark.parametrize("programs", [*together(40, 1, 1), *slow(together(3000, 80))])
 def test_stock_functions_in_one_graph(programs):
     check_together(programs, "tritonopt", stock)
 
@@ -316,7 +316,7 @@ def test_stock_optimizers(program):
     check_optimizers(program, "tritonopt", torch.optim)
 
 
-@pytest.mark.parametrize("program", [*single(70, 13), *slow(single(5000, 120))])
+@pytest.mark.parametrize("program", [*single(70, 17), *slow(single(5000, 120))])
 def test_optimizers(program):
     check_optimizers(program, "aot_eager", tritonopt)
 
