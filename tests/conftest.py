@@ -1,5 +1,11 @@
 """Axes that many tests share."""
 
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +53,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item, rows in some:
             if rows not in diagonal:
                 item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is there now need not be looked at by each collection of a test
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreted(request) -> Iterator[Any]:
+    """The tests of `test_on_the_interpreter.py`, started at once: they keep another core busy."""
+    chosen = [item for item in request.session.items if item.name == "test_some_of_everything"]
+    if not chosen or INTERPRET:
+        yield None
+        return
+    tests = Path(__file__).parent
+    options = ["-q", "-p", "no:cacheprovider", "--rootdir", tests.parent]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "pytest", *options, *(tests / n for n in chosen[0].module.SOME)],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    yield started
+    started.kill()
 
 
 def _rows(item: Any) -> list[tuple[int, ...]]:

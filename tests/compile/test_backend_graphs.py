@@ -197,7 +197,7 @@ def tensors(dtype=torch.float32):
     return [*columns, [torch.zeros(()) for _ in range(3)]]
 
 
-FAST = {masks, two_groups, gradient_is_state, sgd}
+FAST = {masks, two_groups, sgd}
 ROWS = [
     pytest.param(*row, marks=[] if row[0] in FAST else pytest.mark.slow)
     for row in {**REPLACED, **LEFT}.items()
@@ -255,6 +255,7 @@ def test_a_scalar_that_autograd_has_saved_is_no_count():
         fn(*lists, [torch.zeros(())], torch.tensor(0.3, requires_grad=True)).backward()
 
 
+@pytest.mark.slow
 def test_what_autograd_differentiates_is_left():
     def gradient(fn):
         w = torch.arange(1.0, 6.0, requires_grad=True)

@@ -32,7 +32,9 @@ __all__ = ["fresh"]  # an autouse fixture
 pytestmark = skip_interpreted
 slow = pytest.mark.slow
 SWEEPS = [
-    pytest.param(n, k, marks=[slow] if k else [], id=f"{n}-{k}") for n in NAMES for k in KWARGS[n]
+    pytest.param(n, k, marks=[slow] if k or n == "Rprop" else [], id=f"{n}-{k}")
+    for n in NAMES
+    for k in KWARGS[n]
 ]
 SLOW_DTYPES = [pytest.param(d, marks=slow) for d in (torch.float64, torch.bfloat16)]
 

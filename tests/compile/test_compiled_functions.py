@@ -177,6 +177,7 @@ def test_options_are_checked(option, name, values):
         step()
 
 
+@pytest.mark.slow
 def test_twenty_optimizers(compiled_frames):
     """They share the code of `step`, and with it dynamo's limit, beyond which it runs as it is."""
     for number in range(20):

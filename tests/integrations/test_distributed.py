@@ -18,7 +18,7 @@ pytestmark = [
 SCRIPT = Path(ranks.__file__)
 
 
-FEW = 25
+FEW = 50
 """Each of so many scenarios is in the fast part."""
 
 

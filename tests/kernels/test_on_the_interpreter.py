@@ -3,11 +3,6 @@
 It must be chosen before import. `TRITON_INTERPRET=1 pytest` runs all that concerns kernels there.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from tritonopt.device import INTERPRET
@@ -15,7 +10,6 @@ from tritonopt.device import INTERPRET
 pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRET, reason="is what it starts")
 
-TESTS = Path(__file__).parents[1]
 SOME = {
     "kernels/test_cuda_graphs.py": "captures, tables",
     "kernels/test_launches.py": "sizes, addresses, missing gradients",
@@ -31,9 +25,6 @@ SOME = {
 """Tests, and what they touch."""
 
 
-def test_some_of_everything():
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    options = ["-q", "-p", "no:cacheprovider", "--rootdir", TESTS.parent]
-    command = [sys.executable, "-m", "pytest", *options, *(TESTS / name for name in SOME)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:]
+def test_some_of_everything(interpreted):
+    output, _ = interpreted.communicate()
+    assert interpreted.returncode == 0, output[-5000:]

@@ -157,6 +157,7 @@ def job(text):
     return partial(eval, text, {})
 
 
+@pytest.mark.slow
 def test_parts_end_in_time_and_keep_what_they_found(tmp_path, monkeypatch):
     """The clock strikes when the first record is there, while the job waits for ever."""
     results = {}
@@ -208,6 +209,7 @@ def test_a_process_that_is_ended_takes_along_what_it_started(tmp_path):
         assert reader.read() == ""  # nobody will write any more
 
 
+@pytest.mark.slow
 def test_progress(capsys):
     run.run({"part": run.Part({"one": list, "two": list})}, {})
     assert capsys.readouterr().out == "part 1/2: one\npart 2/2: two\n"
@@ -279,7 +281,8 @@ def test_what_is_named_takes_as_long_as_it_takes():
 
 
 @eager
-@pytest.mark.parametrize("gpu", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", [False, True])
 def test_everything_on_a_cpu(gpu, tmp_path, monkeypatch, capsys):
     """The GPU's plan, too, of which only the sweep over grids finds nothing to measure."""
     unlimited = dict.fromkeys(plan.QUICKLY.limits)  # so that it runs in this process
