@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from itertools import chain, compress, repeat
-from operator import gt, is_, is_not
+from itertools import chain
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 
 from tritonopt.device import is_capturing, path
 from tritonopt.eager import Scratch, number
-from tritonopt.eligible import belongs, is_plain, same_layout
+from tritonopt.eligible import belongs, same_layout
 from tritonopt.slab import is_dense
 from tritonopt.span import Span, all_given, spans, stretches
 from tritonopt.sweep import Sweep, flatten, unflatten
+from tritonopt.verify import Guards, addresses, chunks, geometry, overlap
 
 
 class Rule(NamedTuple):
@@ -76,8 +76,8 @@ class Plan:
         self.params, grads, columns, self.steps = lists
         self.columns = [column or None for column in columns]
         written = lists.written()
-        self.geometry = _geometry(written)
-        self.guards = [Guards(written[where]) for where in _chunks(len(written))]
+        self.geometry = geometry(written)
+        self.guards = [Guards(written[where]) for where in chunks(len(written))]
         self.expected: Guards | None = None  # of gradients that need no look, one by one
         both = list(zip(self.params, grads, strict=True))
         likely = {p.dtype: g.dtype for p, g in both if g is not None}
@@ -96,10 +96,10 @@ class Plan:
 
     def _place(self, written: Sequence[Tensor]) -> None:
         """Makes the launches and sweeps, which know where tensors lie."""
-        self.addresses = _addresses(written)
+        self.addresses = addresses(written)
         self.parts = [self._part(*kind, some=some) for kind, some in self.members.items()]
         self.steps = [step.detach() for step in self.steps]
-        steps_at = _addresses(self.steps)  # scalars: there is no more to look at
+        steps_at = addresses(self.steps)  # scalars: there is no more to look at
         if steps_at == self.steps_at:
             return
         self.steps_at = steps_at
@@ -111,7 +111,7 @@ class Plan:
     def moved(self, lists: Lists) -> Plan | None:
         """The plan of tensors that are what they were and lie elsewhere; None if they are not."""
         written = lists.written()
-        if self.apart or _geometry(written) != self.geometry or _overlap(written):
+        if self.apart or geometry(written) != self.geometry or overlap(written):
             return None
         plan = copy(self)
         plan.params, _, columns, plan.steps = lists
@@ -153,13 +153,13 @@ class Plan:
 
         `written`: parameters and state, as in :meth:`Lists.written`.
         """
-        if len(written) != len(self.geometry) or _addresses(steps) != self.steps_at:
+        if len(written) != len(self.geometry) or addresses(steps) != self.steps_at:
             return None
-        for where, guards in zip(_chunks(len(written)), self.guards, strict=True):
+        for where, guards in zip(chunks(len(written)), self.guards, strict=True):
             tensors = written[where]
-            if _addresses(tensors) != self.addresses[where]:
+            if addresses(tensors) != self.addresses[where]:
                 return None
-            if not guards.fit(tensors) and _geometry(tensors) != self.geometry[where]:
+            if not guards.fit(tensors) and geometry(tensors) != self.geometry[where]:
                 return None
         if self.expected is not None and self.expected.fit(grads):
             return grads
@@ -252,52 +252,3 @@ def _common(steps: Sequence[Tensor]) -> float | Tensor:
         return counts
     low, high = torch.aminmax(counts)
     return float(low) if low == high else counts
-
-
-class Guards:
-    """Checks type, dtype, device, sizes, strides and lazy negation of many tensors, at 40 ns each.
-
-    Dynamo's own check: attribute by attribute it costs four times that. It says no too often (it
-    looks at autocast and inference mode, too), never yes wrongly; after a no, every tensor is
-    looked at in turn.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
-        given = [t for t in tensors if t is not None]
-        self._given = [] if len(given) == len(tensors) else _mask(tensors)
-        sizes: Any = [list(t.size()) for t in given]
-        strides: Any = [list(t.stride()) for t in given]
-        with torch.no_grad():  # as in the step: they note whether a gradient is required
-            guards = TensorGuards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-        self._check = guards.check
-
-    def fit(self, tensors: Sequence[Tensor | None]) -> bool:
-        """Whether the same ones are None, and the others as they were."""
-        if not self._given:
-            return self._check(*tensors)
-        return _mask(tensors) == self._given and self._check(*compress(tensors, self._given))
-
-
-def _mask(tensors: Sequence[Tensor | None]) -> list[bool]:
-    return list(map(is_not, tensors, repeat(None)))
-
-
-def _addresses(tensors: Sequence[Tensor]) -> list[int]:
-    return list(map(Tensor.data_ptr, tensors))
-
-
-def _chunks(count: int) -> list[slice]:
-    """Of tensors of which one look warms the cache for the next: 4000 fill more than a core's."""
-    return [slice(first, first + 512) for first in range(0, count, 512)]
-
-
-def _overlap(tensors: Sequence[Tensor]) -> bool:
-    """Whether any of these dense tensors share memory."""
-    places = sorted((t.data_ptr(), t.numel() * t.itemsize) for t in tensors)
-    ends = [start + nbytes for start, nbytes in places if nbytes]
-    starts = [start for start, nbytes in places if nbytes]
-    return any(map(gt, ends, starts[1:]))
-
-
-def _geometry(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    return [(is_plain(t), t.dtype, t.device, t.size(), t.stride(), t.is_neg()) for t in tensors]
