@@ -295,33 +295,33 @@ def slow(params):
     return [pytest.param(*p.values, id=p.id, marks=pytest.mark.slow) for p in params]
 
 
-@pytest.mark.parametrize("programs", [*together(0, 1, 1), *slow(together(1000, 80))])
+@pytest.mark.parametrize("programs", [*together(0, 1, 1), *slow(together(1000, 40))])
 def test_public_ops_under_inductor(programs):
     check_together(programs, "inductor", op)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("eager", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("programs", [*together(20, 20), *slow(together(2000, 200))])
+@pytest.mark.parametrize("programs", [*together(20, 20), *slow(together(2000, 330))])
 def test_public_ops(programs, backend):
     check_together(programs, backend, op)
 
 
-@pytest.mark.parametrize("programs", [*together(40, 1, 1), *slow(together(3000, 80))])
+@pytest.mark.parametrize("programs", [*together(40, 1, 1), *slow(together(3000, 30))])
 def test_stock_functions_in_one_graph(programs):
     check_together(programs, "tritonopt", stock)
 
 
-@pytest.mark.parametrize("program", [*single(60, 1), *slow(single(4000, 40))])
+@pytest.mark.parametrize("program", [*single(60, 1), *slow(single(4000, 20))])
 def test_stock_optimizers(program):
     check_optimizers(program, "tritonopt", torch.optim)
 
 
-@pytest.mark.parametrize("program", [*single(70, 17), *slow(single(5000, 120))])
+@pytest.mark.parametrize("program", [*single(70, 17), *slow(single(5000, 110))])
 def test_optimizers(program):
     check_optimizers(program, "aot_eager", tritonopt)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", single(6000, 20))
+@pytest.mark.parametrize("program", single(6000, 10))
 def test_optimizers_under_inductor(program):
     check_optimizers(program, "inductor", tritonopt)
