@@ -120,8 +120,9 @@ class Judged(Module):
     """Beside each step of ours: torch's on the same values, in fp32 and in its own precision."""
 
     def on_before_optimizer_step(self, optimizer):
-        if not isinstance(optimizer, tuple(OURS.values())):
-            return
+        self.old = None
+        if not isinstance(optimizer, tuple(OURS.values())) or not optimizer.state:
+            return  # the first step makes state in the parameter's precision
         self.old = [p.detach().clone() for p in self.net.parameters()]
         self.exact = self.judge(optimizer, torch.float32)
         self.own = self.judge(optimizer, self.dtype)
@@ -140,7 +141,7 @@ class Judged(Module):
 
     def on_train_batch_end(self, *_):
         optimizer = self.trainer.optimizers[0]
-        if not isinstance(optimizer, tuple(OURS.values())):
+        if self.old is None:
             return
         rows = zip(self.net.parameters(), self.old, self.exact, self.own, strict=True)
         for param, old, exact, own in rows:

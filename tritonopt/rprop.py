@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -152,14 +152,6 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         return super()._why_torch(group)
 
     # State that a dummy step has made.
-
-    def _is_dummy_step(self, bare: Sequence[Tensor]) -> bool:
-        if any(isinstance(key, Tensor) for key in self.state):
-            return False
-        if any(float(group["lr"]) != 0 for group in self.param_groups):
-            return False
-        grads = [local(p.grad) for p in bare]
-        return not any(g.is_meta or not is_plain(g) or bool(g.any()) for g in grads)
 
     def _is_untrained(self, entry: Any) -> bool:
         if not entry or not entry.keys() >= {"step", "step_size"}:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonopt.eligible import why_watched
+from tritonopt.eligible import is_plain, why_watched
 from tritonopt.plan import Rule, update_alone
+from tritonopt.shard import local
 from tritonopt.state import make_state
 
 
@@ -76,11 +77,20 @@ class RuleOptimizer(torch.optim.Optimizer):
                 return f"{name}={self._option(group, name)!r}"
         return None
 
-    # Of use to Rprop alone.
-
     def _is_dummy_step(self, bare: Sequence[Tensor]) -> bool:
-        """Whether somebody only wants the state made, as `get_optimizer_state_dict` does."""
-        return False
+        """Whether somebody only wants the state made, as `get_optimizer_state_dict` does.
+
+        It takes a step with an lr of 0 and gradients that are 0, and torch's rules learn from it:
+        Rprop's step sizes become the least there is, RMSprop averages weight decay.
+        """
+        if any(isinstance(key, Tensor) for key in self.state):
+            return False
+        if any(float(group.get("lr", 1)) != 0 for group in self.param_groups):
+            return False
+        grads = [local(p.grad) for p in bare]
+        return not any(g.is_meta or not is_plain(g) or bool(g.any()) for g in grads)
+
+    # Of use to Rprop alone.
 
     def _is_untrained(self, entry: Any) -> bool:
         """Whether state was made by a dummy step and is to be started from the options."""

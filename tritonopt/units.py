@@ -140,13 +140,11 @@ class Units:
                 return False
             if optimizer._is_dummy_step(list(chain(*bare))):
                 for unit, params in zip(stale, bare, strict=True):
-                    self._make(unit, params, dict.fromkeys(unit.flags.rule.used, 0.0))
+                    self._make(unit, params)
                 return False
         for unit, params, new in zip(stale, given, bare, strict=True):
             if not unit.flags.why_torch:
-                used = unit.flags.rule.used
-                starts = {key: optimizer.initial(key, unit.group) for key in used}
-                self._make(unit, [p for p in new if why_not_native(p) is None], starts)
+                self._make(unit, [p for p in new if why_not_native(p) is None])
             for param in params:
                 if optimizer._is_untrained(state.get(param)):
                     optimizer._start(unit.group, state[param])
@@ -183,7 +181,9 @@ class Units:
                     f"of size {tuple(param.size())}: it {why}"
                 )
 
-    def _make(self, unit: Unit, params: Sequence[Tensor], starts: dict[str, float]) -> None:
+    def _make(self, unit: Unit, params: Sequence[Tensor]) -> None:
+        used = unit.flags.rule.used
+        starts = {key: self.optimizer.initial(key, unit.group) for key in used}
         on_device = unit.flags.capturable or has_fused_amp(self.optimizer)
         like_gradient = self.optimizer._like_gradient
         make_state(self.optimizer.state, params, starts, like_gradient, on_device)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from compile_cases import fresh, skip_interpreted
+from torch._dynamo.exc import UserError
 from torch.optim.rmsprop import rmsprop
 from torch.optim.rprop import rprop
 
@@ -236,7 +237,7 @@ def check_together(programs, backend, step):
         elif step is not stock or backend != "inductor":
             try:
                 check_together(programs, "inductor", stock)
-            except AssertionError:
+            except (AssertionError, UserError):  # wrong, or not traced: it says nothing
                 return
             raise
         else:
