@@ -83,7 +83,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         It takes a step with an lr of 0 and gradients that are 0, and torch's rules learn from it:
         Rprop's step sizes become the least there is, RMSprop averages weight decay.
         """
-        if any(isinstance(key, Tensor) for key in self.state):
+        if any(isinstance(key, Tensor) for key in self.state) or not any(p.numel() for p in bare):
             return False
         if any(float(group.get("lr", 1)) != 0 for group in self.param_groups):
             return False
