@@ -22,7 +22,7 @@ MANY = int(os.environ.get("LIVES", 20 if INTERPRET else 600))
 SHAPES = [(), (0,), (1,), (3,), (3,), (2, 3), (2, 3), (2, 3), (2, 2, 3, 2), (1, 3, 1, 2), (70,)]
 OPTIONS = {
     "RMSprop": {
-        "lr": [0.0, 0.01, 0.3, 1],
+        "lr": [0.01, 0.3, 1],
         "alpha": [0.0, 0.5, 0.99],
         "eps": [1e-8, 1e-3],
         "weight_decay": [0, 0.1],
