@@ -10,7 +10,16 @@ from multiprocessing.reduction import ForkingPickler
 import pytest
 import torch
 import torch.multiprocessing as mp
-from cases import OURS, TORCH, assert_follows, follow, give_gradients, parameters, twins
+from cases import (
+    OURS,
+    TORCH,
+    assert_follows,
+    follow,
+    give_gradients,
+    parameters,
+    train_alone,
+    twins,
+)
 from torch import Tensor, nn
 
 from tritonopt import plan, sweep
@@ -64,20 +73,12 @@ def test_a_process_makes_state_of_its_own(name):
     assert float(there[1].state[there[0]]["step"]) == 1
 
 
-def _work(params, optimizer):
-    torch.set_num_threads(1)
-    for _ in range(3):
-        for param in params:
-            param.grad = torch.full_like(param, 10.0)
-        optimizer.step()
-
-
 @pytest.mark.slow
 def test_a_spawned_process(name):
     param = nn.Parameter(torch.zeros(4))
     param.share_memory_()
     ours = OURS[name]([param], lr=0.1)
-    child = mp.get_context("spawn").Process(target=_work, args=([param], ours))
+    child = mp.get_context("spawn").Process(target=train_alone, args=([param], ours))
     child.start()
     child.join()
     assert child.exitcode == 0 and not ours.state
