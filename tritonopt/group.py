@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
-from operator import is_, itemgetter
+from collections.abc import Mapping, Sequence
+from itertools import chain, compress, cycle
+from operator import is_, is_not
 from typing import Any
 
 import torch
@@ -20,12 +20,12 @@ from tritonopt.eligible import (
     why_not_native,
     why_not_together,
 )
-from tritonopt.plan import Lists, Plan, Rule
-from tritonopt.shard import is_sharded, local, locals_of, same_shards
-from tritonopt.sweep import Sweep
+from tritonopt.plan import Lists, Plan
+from tritonopt.shard import is_sharded, local, same_shards
+from tritonopt.span import all_given
 
-_get_step = itemgetter("step")
 _CAPTURABLE = _get_capturable_supported_devices()
+_END = (None,)  # of lists that are compared in pairs: else a shorter one would equal a longer one
 
 
 class Stale(Exception):
@@ -33,133 +33,147 @@ class Stale(Exception):
 
 
 class Group:
-    """One or several param groups with the same options as they were when last looked at."""
+    """Neighbouring param groups with the same options, and how their tensors were last found.
 
-    def __init__(
-        self,
-        rule: Rule,
-        group: Mapping[str, Any],
-        params: list[Tensor],
-        state: Mapping[Tensor, Any],
-        why_torch: str | None,
-        untrained: Callable[[Mapping[str, Any] | None], bool],
-        sweep: Callable[..., Sweep],
-    ) -> None:
-        self.rule, self.why_torch = rule, why_torch
-        self.params = params
+    Neighbours are one: one launch, or one sweep, updates all their parameters.
+    """
+
+    params: list[Tensor] | None = None  # not looked at yet
+    plan: Plan | None = None
+    provisional = False  # whether it is to be looked at in any case
+
+    def __init__(self, optimizer: Any, groups: Sequence[dict[str, Any]]) -> None:
+        self.optimizer, self.groups = optimizer, groups
+        self.options = groups[0]
+        self.rule = optimizer.rule(self.options)
+        self.why_torch: str | None = optimizer._why_torch(self.options)
+        self.capturable = bool(self.options.get("capturable"))
+        self.hyper: dict[str, Any] = {} if self.why_torch else optimizer.hyper(self.options)
+
+    def with_options_of(self, other: Group) -> Group:
+        """This one, if what was found is good for the options of the other one; else that one."""
+        mine, theirs = (
+            (g.rule._replace(launcher=None), g.why_torch, g.capturable) for g in (self, other)
+        )
+        if mine != theirs:
+            return other
+        self.groups, self.options, self.hyper = other.groups, other.options, other.hyper
+        return self
+
+    def current(self) -> list[Tensor]:
+        """The parameters that the param groups have now."""
+        if len(self.groups) == 1:
+            return self.options["params"]  # type: ignore[no-any-return]
+        return list(chain.from_iterable(group["params"] for group in self.groups))
+
+    def look(self) -> None:
+        """Sorts the parameters, once their missing state has been made, and makes the plan."""
+        state, untrained = self.optimizer.state, self.optimizer._is_untrained
+        self.params = None  # until all is done
+        params = list(self.current())
+        self.entries = list(map(state.get, params))
         self.waiting: list[Tensor] = []  # for a gradient, with which their state is made
         self.fallback: list[tuple[Tensor, str]] = []  # left to torch, and why
         self.native: list[Tensor] = []
-        self.entries: list[Mapping[str, Any]] = []  # state of these
-        self.plan: Plan | None = None
-        self.provisional = self.sharded = False
-        if why_torch:
-            self.fallback = [(param, why_torch) for param in self.params]
-            self.waiting = [p for p in self.params if p.grad is None and untrained(state.get(p))]
-            return
-        rows = [self._row(param, state.get(param)) for param in self.params]
-        shared = overlapping(rows)
-        for index, param in enumerate(self.params):
-            entry = state.get(param)
-            why = why_not_native(param)
-            if why is None:
-                is_bare = not entry or not entry.keys() >= {"step", *rule.used}
-            else:
-                is_bare = not entry and param.grad is None
-            if is_bare or (param.grad is None and untrained(entry)):
+        pairs = list(zip(params, self.entries, strict=True))
+        shared = set() if self.why_torch else overlapping(self._row(*pair) for pair in pairs)
+        for index, (param, entry) in enumerate(pairs):
+            why = self.why_torch or why_not_native(param)
+            is_bare = not entry or (why is None and not entry.keys() >= self._keys())
+            if (is_bare and (why is None or param.grad is None)) or (
+                param.grad is None and untrained(entry)
+            ):
                 self.waiting.append(param)
                 continue
-            if why is None and group.get("capturable") and param.device.type not in _CAPTURABLE:
-                why = f"capturable=True is not for {param.device.type}"  # torch raises
             if why is None and index in shared:
                 why = "overlaps another parameter, or its state does"
-            if why is None and not isinstance(entry["step"], Tensor):  # type: ignore[index]
-                why = "has a count of steps that is no tensor"  # torch raises
+            why = why or self._why_left(param, entry)
             if why is None:
-                assert entry is not None
-                states = [entry[key] for key in rule.used]
-                why = why_not_together(param, param.grad, states)
-            if why is None:
-                assert entry is not None
                 self.native.append(param)
-                self.entries.append(entry)
             else:
                 self.fallback.append((param, why))
-        self.provisional = any(why == BAD_GRADIENT for _, why in self.fallback)
         self._left = _looks(self.fallback)
+        self.provisional = any(why == BAD_GRADIENT for _, why in self.fallback)
+        self.plan = None
         self.sharded = any(map(is_sharded, self.native))
-        self._getters = [itemgetter(key) for key in rule.state if key in rule.used]
+        self._native_entries = [state[param] for param in self.native]
         if self.native:
+            self._values = [*chain.from_iterable(map(dict.values, self._native_entries)), *_END]
+            self._lists = self._gather()
             with torch.inference_mode(False):
-                self.plan = Plan(rule, self.lists(), sweep)
+                self.plan = Plan(self.rule, self._lists, self.optimizer._sweep)
+        self.params = params
+
+    def _keys(self) -> set[str]:
+        return {"step", *self.rule.used}
 
     def _row(self, param: Tensor, entry: Mapping[str, Any] | None) -> list[Tensor]:
-        found = [param, *map((entry or {}).get, ("step", *self.rule.used))]
+        found = [param, *map((entry or {}).get, self._keys())]
         return [local(tensor) for tensor in found if isinstance(tensor, Tensor)]
 
-    def lists(self) -> Lists:
-        entries, used = self.entries, self.rule.used
-        columns = [
-            [entry[key] for entry in entries] if key in used else [] for key in self.rule.state
-        ]
-        steps = [entry["step"] for entry in entries]
-        grads = [p.grad for p in self.native]
+    def _why_left(self, param: Tensor, entry: Mapping[str, Any]) -> str | None:
+        if self.capturable and param.device.type not in _CAPTURABLE:
+            return f"capturable=True is not for {param.device.type}"  # torch raises
+        if not isinstance(entry["step"], Tensor):
+            return "has a count of steps that is no tensor"  # torch raises
+        return why_not_together(param, param.grad, [entry[key] for key in self.rule.used])
+
+    def _gather(self) -> Lists:
+        entries, rule = self._native_entries, self.rule
+        columns = [[e[key] for e in entries] if key in rule.used else [] for key in rule.state]
+        lists = Lists(self.native, self._grads(), columns, [entry["step"] for entry in entries])
         if not self.sharded:
-            return Lists(self.native, grads, columns, steps)
-        for param, *others in zip(self.native, grads, *filter(None, columns), strict=True):
+            return lists
+        for param, *others in zip(*lists[:2], *filter(None, columns), strict=True):
             if not all(t is None or same_shards(param, t) for t in others):
                 raise Stale
-        whole = self.native, grads, [locals_of(column, True) for column in columns], steps
-        return Lists(locals_of(whole[0], True), locals_of(whole[1], True), *whole[2:])
+        params, grads, *columns = (list(map(local, ts)) for ts in (*lists[:2], *columns))
+        return Lists(params, grads, columns, lists.steps)
 
-    def gradients(
-        self, params: Sequence[Tensor], state: Mapping[Tensor, Any] | None
-    ) -> Sequence[Tensor | None]:
-        """The gradients as the plan needs them, if all is as it was; else raises Stale.
+    def _grads(self) -> list[Tensor | None]:
+        return [param.grad for param in self.native]
 
-        `state` None: it is known to hold the same entries.
-        """
-        if len(params) != len(self.params) or not all(map(is_, params, self.params)):
+    def gradients(self) -> Sequence[Tensor | None]:
+        """The gradients as the plan needs them, if all is as it was; else raises Stale."""
+        params, get = self.current(), self.optimizer.state.get
+        if self.params is None or len(params) != len(self.params):
             raise Stale
-        if self.waiting and any(p.grad is not None for p in self.waiting):
+        if not all(map(is_, params, self.params)) or any(p.grad is not None for p in self.waiting):
             raise Stale
         if self.why_torch:
             return []
-        if state is not None and not all(map(is_, map(state.get, self.native), self.entries)):
+        if not all(map(is_, map(get, params), self.entries)):
             raise Stale
-        if self.fallback and (state is not None or _looks(self.fallback) != self._left):
+        if self.fallback and _looks(self.fallback) != self._left:
             raise Stale
         if self.plan is None:
             return []
         try:
+            values = chain.from_iterable(map(dict.values, self._native_entries))
+            if not all(map(is_, chain(values, _END), self._values)):
+                raise Stale
             if self.sharded:
-                lists = self.lists()
-                grads = self.plan.gradients(lists.grads, lists.written(), lists.steps)
-                self._written: Any = (self.native, [])  # DTensors have versions of their own
+                self._lists = self._gather()
             else:
-                steps = list(map(_get_step, self.entries))
-                written = [*self.native]  # tuples of each entry's would wake the garbage collector
-                for get in self._getters:
-                    written += map(get, self.entries)
-                grads = self.plan.gradients([p.grad for p in self.native], written, steps)
-                self._written = written, steps
+                self._lists = self._lists._replace(grads=self._grads())
+            grads = self.plan.gradients(self._lists)
             if grads is None and not self.fallback and not is_capturing(self.native[0].device):
-                lists = self.lists()
-                self.plan = self.plan.moved(lists) or self.plan
-                grads = self.plan.gradients(lists.grads, lists.written(), lists.steps)
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise Stale from error  # of state that is gone, no tensor, or has no memory
+                self.plan = self.plan.moved(self._lists) or self.plan
+                grads = self.plan.gradients(self._lists)
+        except (TypeError, RuntimeError) as error:
+            raise Stale from error  # of state that has no memory
         if grads is None:
             raise Stale
         return grads
 
-    def written(self, grads: Sequence[Tensor | None] | None) -> list[Tensor]:
-        """Parameters, state and counts of steps that an update writes; None: there are all."""
-        columns, steps = self._written
-        tensors = [*columns, *steps]
-        if grads is None:
+    def written(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
+        """Parameters, state and counts of steps that an update writes."""
+        tensors = [*self._lists.written(), *self._lists.steps]
+        if self.sharded:
+            tensors = self.native  # DTensors have versions of their own
+        if all_given(grads):
             return tensors[::-1]  # what was looked at last is in the processor's cache
-        return [t for t, grad in zip(tensors, cycle(grads), strict=False) if grad is not None]
+        return list(compress(tensors, cycle(map(is_not, grads, [None] * len(grads)))))
 
     def in_kernels(self) -> bool:
         """Whether kernels alone update the parameters."""
@@ -169,7 +183,7 @@ class Group:
     def expected(self) -> list[tuple[Tensor, str | None]]:
         """Parameters that have no state yet, and why torch will update them, if it will."""
         real = [p for p in self.waiting if not is_lazy(p) and not p.is_meta and p.requires_grad]
-        return [(param, why_not_native(param)) for param in real]
+        return [(param, self.why_torch or why_not_native(param)) for param in real]
 
 
 def _looks(fallback: list[tuple[Tensor, str]]) -> list[tuple[Any, ...]]:

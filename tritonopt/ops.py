@@ -158,13 +158,13 @@ def _update(rule: Rule, lists: Lists, **hyper: Any) -> None:
     lengths = [len(lists.grads), *map(len, lists.columns)]
     for plan, kind, _ in recent:
         if kind == (rule, lengths):
-            grads = plan.gradients(lists.grads, lists.written(), lists.steps)
+            grads = plan.gradients(lists)
             if grads is not None:
                 break
     else:
         recent[:] = [known for known in recent if _is_current(known[0], known[2])]
         plan = _plan(rule, lists)
-        grads = plan.gradients(lists.grads, lists.written(), lists.steps)
+        grads = plan.gradients(lists)
         assert grads is not None
         owners = [weakref.ref(tensor) for tensor in lists.written()]
         recent.insert(0, (plan, (rule, lengths), owners))

@@ -59,10 +59,9 @@ from tritonopt.group import Group
 from tritonopt.plan import Rule
 from tritonopt.rule import RuleOptimizer
 from tritonopt.scaling import NONE, Scaling, scaled, scaling, total_norm
-from tritonopt.span import all_given
 from tritonopt.state import pack_on_accelerator
 from tritonopt.sweep import Sweep
-from tritonopt.units import Unit, Units, has_fused_amp
+from tritonopt.units import Units, Work, has_fused_amp
 
 __all__ = ["FusedOptimizer", "Rule"]
 
@@ -220,12 +219,12 @@ class FusedOptimizer(RuleOptimizer):
                 return
             if value is not None:
                 self._see_loss(value)
-            for unit, known, grads in work:
-                self._update_unit(unit, known, grads, scaling)
+            for group, grads in work:
+                self._update_group(group, grads, scaling)
         finally:
             torch._C._set_grad_enabled(enabled)
 
-    def _scaling(self, work: Sequence[Any], amp: Any, waits: bool) -> Scaling | None:
+    def _scaling(self, work: Work, amp: Any, waits: bool) -> Scaling | None:
         """What the gradients count; None if the step is skipped, as far as the host may know.
 
         `waits`: the host must know.
@@ -233,28 +232,25 @@ class FusedOptimizer(RuleOptimizer):
         grad_scale, skip = amp.get("grad_scale"), amp.get("found_inf")
         if grad_scale is None and skip is None and self.max_grad_norm is None:
             return NONE
-        norm = None if self.max_grad_norm is None else total_norm([w[1:] for w in work])
+        norm = None if self.max_grad_norm is None else total_norm(work)
         found, self.grad_norm = scaling(norm, self.max_grad_norm, grad_scale, skip)
-        if skip is not None and (waits or not all(known.in_kernels() for _, known, _ in work)):
+        if skip is not None and (waits or not all(group.in_kernels() for group, _ in work)):
             return None if skip.item() else found._replace(skip=None)
         return found
 
-    def _update_unit(
-        self, unit: Unit, known: Group, grads: Sequence[Tensor | None], scaling: Scaling
+    def _update_group(
+        self, group: Group, grads: Sequence[Tensor | None], scaling: Scaling
     ) -> None:
-        group = unit.group
-        if known.fallback:
-            params = [param for param, _ in known.fallback]
+        if group.fallback:
+            params = [param for param, _ in group.fallback]
             # By default one after the other, as overlapping tensors need.
-            foreach = group.get("foreach") or False
+            foreach = group.options.get("foreach") or False
             differentiable = self.defaults.get("differentiable", False)
             with torch.set_grad_enabled(differentiable), scaled(params, scaling.factor):
-                self.update_by_torch({**group, "params": params, "foreach": foreach})
-        if known.plan is None:
-            return
-        changed = known.written(None if all_given(grads) else grads)
-        if changed:
-            known.plan(grads, unit.hyper, *scaling, reserve=unit.flags.capturable)
+                self.update_by_torch({**group.options, "params": params, "foreach": foreach})
+        changed = group.written(grads) if group.plan is not None else None
+        if group.plan is not None and changed:
+            group.plan(grads, group.hyper, *scaling, reserve=group.capturable)
             torch.autograd.graph.increment_version(changed)  # a later backward must notice
 
     def compile(self, **kwargs: Any) -> None:

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from tritonopt.device import is_capturing, path
 from tritonopt.eager import Scratch, number
-from tritonopt.eligible import belongs, same_layout
+from tritonopt.eligible import belongs, overlapping, same_layout
 from tritonopt.slab import is_dense
-from tritonopt.span import Span, all_given, spans, stretches
-from tritonopt.sweep import Sweep, flatten, unflatten
-from tritonopt.verify import Guards, addresses, chunks, geometry, overlap
+from tritonopt.span import all_given, spans, stretches
+from tritonopt.sweep import Sweep
+from tritonopt.verify import Guards, addresses, chunks, geometry
 
 
 class Rule(NamedTuple):
@@ -73,56 +73,45 @@ class Plan:
         apart: Iterable[int] = (),
     ) -> None:
         self.rule, self.sweep = rule, sweep
-        self.params, grads, columns, self.steps = lists
-        self.columns = [column or None for column in columns]
-        written = lists.written()
+        written, indices = lists.written(), range(len(lists.params))
         self.geometry = geometry(written)
         self.guards = [Guards(written[where]) for where in chunks(len(written))]
         self.expected: Guards | None = None  # of gradients that need no look, one by one
-        both = list(zip(self.params, grads, strict=True))
-        likely = {p.dtype: g.dtype for p, g in both if g is not None}
-        self.grad_dtypes = [likely.get(p.dtype, p.dtype) if g is None else g.dtype for p, g in both]
-        indices = range(len(self.params))
-        self.apart = sorted({*apart, *(i for i in indices if not self._is_in_order(i))})
+        pairs = zip(lists.params, lists.grads, strict=True)
+        self.grad_dtypes = [p.dtype if g is None else g.dtype for p, g in pairs]
+        self.apart = sorted({*apart, *(i for i in indices if not _is_in_order(lists, i))})
         self.members: dict[Any, list[int]] = {}  # of each launch or sweep
-        for i in [i for i in indices if i not in self.apart] if self.apart else indices:
-            param, states = self.params[i], [c[i].dtype for c in self.columns if c]
-            kind = param.device, param.dtype, self.grad_dtypes[i], *states
-            self.members.setdefault(kind, []).append(i)
+        for i in indices:
+            if i not in self.apart:
+                param, states = lists.params[i], [c[i].dtype for c in lists.columns if c]
+                kind = param.device, param.dtype, self.grad_dtypes[i], *states
+                self.members.setdefault(kind, []).append(i)
         self.steps_at: list[int] = []
-        self.joined: list[Span] = []
-        self.lone: list[int] = []
-        self._place(written)
+        self._place(lists)
 
-    def _place(self, written: Sequence[Tensor]) -> None:
+    def _place(self, lists: Lists) -> None:
         """Makes the launches and sweeps, which know where tensors lie."""
-        self.addresses = addresses(written)
+        self.params = lists.params
+        self.columns = [column or None for column in lists.columns]
+        self.addresses = addresses(lists.written())
         self.parts = [self._part(*kind, some=some) for kind, some in self.members.items()]
-        self.steps = [step.detach() for step in self.steps]
+        self.steps = [step.detach() for step in lists.steps]
         steps_at = addresses(self.steps)  # scalars: there is no more to look at
-        if steps_at == self.steps_at:
-            return
-        self.steps_at = steps_at
-        self.joined, self.lone = spans([self.steps], 2**62, 2**62, 1)
-        kinds = {(step.device, step.dtype) for step in self.steps}
-        # Else they are counted one by one: a count that several parameters have is counted often.
-        self.alike = len(kinds) == 1 and len({*steps_at}) == len(steps_at)
+        if steps_at != self.steps_at:
+            self.steps_at = steps_at
+            self.joined, self.lone = spans([self.steps], 2**62, 2**62, 1)
+            kinds = {(step.device, step.dtype) for step in self.steps}
+            # Else they are counted one by one: a count of several parameters is counted often.
+            self.alike = len(kinds) == 1 and len({*steps_at}) == len(steps_at)
 
     def moved(self, lists: Lists) -> Plan | None:
         """The plan of tensors that are what they were and lie elsewhere; None if they are not."""
         written = lists.written()
-        if self.apart or geometry(written) != self.geometry or overlap(written):
+        if self.apart or geometry(written) != self.geometry or overlapping([t] for t in written):
             return None
         plan = copy(self)
-        plan.params, _, columns, plan.steps = lists
-        plan.columns = [column or None for column in columns]
-        plan._place(written)
+        plan._place(lists)
         return plan
-
-    def _is_in_order(self, index: int) -> bool:
-        """Whether equal offsets are equal elements in the parameter and its state."""
-        param = self.params[index]
-        return is_dense(param) and all(same_layout(c[index], param) for c in self.columns if c)
 
     def _part(
         self,
@@ -132,28 +121,23 @@ class Plan:
         *states: torch.dtype,
         some: list[int],
     ) -> Part:
+        # Other tensors of the same memory: these may be moved.
+        params = [self.params[index].detach() for index in some]
+        columns = [c and [c[index].detach() for index in some] for c in self.columns]
         update: Any
-        if path(device)[0] == "eager":  # other tensors of the same memory: those may be moved
-            params = [self.params[index].detach() for index in some]
-            columns = [c and [c[index].detach() for index in some] for c in self.columns]
+        if path(device)[0] == "eager":
             update = self.sweep(self.rule.eager, params, columns)
         else:
             from tritonopt.kernels.launch import Launch
 
-            params = [self.params[index] for index in some]
-            columns = [c and [c[index] for index in some] for c in self.columns]
             update = Launch(self.rule.launcher(), params, columns)
         moved = 2 * dtype.itemsize + grad_dtype.itemsize + 2 * sum(s.itemsize for s in states)
         return Part(some, update, device, dtype, grad_dtype, moved)
 
-    def gradients(
-        self, grads: Sequence[Tensor | None], written: Sequence[Tensor], steps: Sequence[Tensor]
-    ) -> Sequence[Tensor | None] | None:
-        """The gradients as the updates need them; None if the plan is not for these tensors.
-
-        `written`: parameters and state, as in :meth:`Lists.written`.
-        """
-        if len(written) != len(self.geometry) or addresses(steps) != self.steps_at:
+    def gradients(self, lists: Lists) -> Sequence[Tensor | None] | None:
+        """The gradients as the updates need them; None if the plan is not for these lists."""
+        written, grads = lists.written(), lists.grads
+        if len(written) != len(self.geometry) or addresses(lists.steps) != self.steps_at:
             return None
         for where, guards in zip(chunks(len(written)), self.guards, strict=True):
             tensors = written[where]
@@ -212,18 +196,18 @@ class Plan:
             for some in stretches(range(span.first, span.first + len(span)), keys):
                 part = flat[some[0] - span.first : some[-1] + 1 - span.first]
                 part.add_(_one(flat, skip))
-        lone = self.lone if whole else [i for i in self.lone if grads[i] is not None]
-        if len(lone) < 3 or not self.alike:
-            for index in lone:
-                step = self.steps[index]
-                step.add_(_one(step, skip))
+        lone = [self.steps[i] for i in self.lone if whole or grads[i] is not None]
+        if len(lone) > 2 and self.alike:
+            torch._foreach_add_(lone, _one(lone[0], skip))
             return
-        steps = [self.steps[index] for index in lone]
-        if not steps[0].is_cpu:
-            torch._foreach_add_(steps, _one(steps[0], skip))
-        else:  # gathered, in a third of the time of `torch._foreach_add_`
-            counts = flatten(steps)
-            torch._foreach_copy_(steps, unflatten(counts.add_(_one(counts, skip)), steps))
+        for step in lone:
+            step.add_(_one(step, skip))
+
+
+def _is_in_order(lists: Lists, index: int) -> bool:
+    """Whether equal offsets are equal elements in the parameter and its state."""
+    param = lists.params[index]
+    return is_dense(param) and all(same_layout(c[index], param) for c in lists.columns if c)
 
 
 def update_alone(

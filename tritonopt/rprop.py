@@ -197,11 +197,11 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
             ) from error
 
     def _see_loss(self, value: float) -> None:
-        for unit in self._units.units:
-            for group in unit.groups:
+        for found in self._units.groups.values():
+            for group in found.groups:
                 if self._option(group, "variant") == "irprop+":
                     last, sign = group.get("last_loss"), -1 if group["maximize"] else 1
-                    unit.hyper["loss_rose"] = last is not None and sign * value > sign * last
+                    found.hyper["loss_rose"] = last is not None and sign * value > sign * last
                     group["last_loss"] = value
 
 

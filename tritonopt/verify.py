@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import compress, repeat
-from operator import gt, is_not
+from operator import is_not
 from typing import Any
 
 import torch
@@ -49,14 +49,6 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
 def chunks(count: int) -> list[slice]:
     """Of tensors of which one look warms the cache for the next: 4000 fill more than a core's."""
     return [slice(first, first + 512) for first in range(0, count, 512)]
-
-
-def overlap(tensors: Sequence[Tensor]) -> bool:
-    """Whether any of these dense tensors share memory."""
-    places = sorted((t.data_ptr(), t.numel() * t.itemsize) for t in tensors)
-    ends = [start + nbytes for start, nbytes in places if nbytes]
-    starts = [start for start, nbytes in places if nbytes]
-    return any(map(gt, ends, starts[1:]))
 
 
 def geometry(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:

@@ -32,7 +32,7 @@ def optimizer_and_launch(name, **kwargs):
         p.grad = torch.randn_like(p)
     optimizer = OURS[name](params, **kwargs)
     optimizer.step()
-    (part,) = optimizer._units.units[0].known.plan.parts
+    (part,) = next(iter(optimizer._units.groups.values())).plan.parts
     part.update.reserve()
     return optimizer, part.update
 
@@ -53,7 +53,7 @@ def test_interpreted_capture_allocates_and_reads_nothing(name, capture, monkeypa
         for method in ("item", "__float__", "__bool__", "tolist", "cpu", "to", "pin_memory"):
             during.setattr(torch.Tensor, method, refuse)
         capture["on"] = True
-        ((_, known, grads),) = optimizer._units.look(None)
+        ((known, grads),) = optimizer._units.look(None)
         known.plan._count(grads, None)
         launch.tables.find(tuple(g.data_ptr() for g in grads))
 
