@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from itertools import chain
+from itertools import chain, pairwise
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tritonopt.device import is_capturing, path
 from tritonopt.eager import Scratch, number
-from tritonopt.eligible import belongs, overlapping, same_layout
+from tritonopt.eligible import belongs, same_layout
 from tritonopt.slab import is_dense
 from tritonopt.span import all_given, spans, stretches
 from tritonopt.sweep import Sweep
@@ -75,6 +75,7 @@ class Plan:
         self.rule, self.sweep = rule, sweep
         written, indices = lists.written(), range(len(lists.params))
         self.geometry = geometry(written)
+        self.nbytes = [t.numel() * t.itemsize for t in written]
         self.guards = [Guards(written[where]) for where in chunks(len(written))]
         self.expected: Guards | None = None  # of gradients that need no look, one by one
         pairs = zip(lists.params, lists.grads, strict=True)
@@ -107,8 +108,11 @@ class Plan:
     def moved(self, lists: Lists) -> Plan | None:
         """The plan of tensors that are what they were and lie elsewhere; None if they are not."""
         written = lists.written()
-        if self.apart or geometry(written) != self.geometry or overlapping([t] for t in written):
+        if self.apart or not self._has_geometry_of(written):
             return None
+        places = sorted(zip(addresses(written), self.nbytes, strict=True))
+        if any(start + size > after for (start, size), (after, _) in pairwise(places)):
+            return None  # they overlap
         plan = copy(self)
         plan._place(lists)
         return plan
@@ -137,14 +141,10 @@ class Plan:
     def gradients(self, lists: Lists) -> Sequence[Tensor | None] | None:
         """The gradients as the updates need them; None if the plan is not for these lists."""
         written, grads = lists.written(), lists.grads
-        if len(written) != len(self.geometry) or addresses(lists.steps) != self.steps_at:
+        if addresses(lists.steps) != self.steps_at:
             return None
-        for where, guards in zip(chunks(len(written)), self.guards, strict=True):
-            tensors = written[where]
-            if addresses(tensors) != self.addresses[where]:
-                return None
-            if not guards.fit(tensors) and geometry(tensors) != self.geometry[where]:
-                return None
+        if not self._has_geometry_of(written, self.addresses):
+            return None
         if self.expected is not None and self.expected.fit(grads):
             return grads
         fitted: list[Tensor | None] = []
@@ -158,6 +158,18 @@ class Plan:
         if all(map(is_, fitted, grads)):
             self.expected = Guards(fitted)
         return fitted
+
+    def _has_geometry_of(self, written: Sequence[Tensor], at: Sequence[int] = ()) -> bool:
+        """Whether the tensors are what they were, and lie `at` these addresses, if given."""
+        if len(written) != len(self.geometry):
+            return False
+        for where, guards in zip(chunks(len(written)), self.guards, strict=True):
+            tensors = written[where]
+            if at and addresses(tensors) != at[where]:
+                return False
+            if not guards.fit(tensors) and geometry(tensors) != self.geometry[where]:
+                return False
+        return True
 
     def __call__(
         self,
