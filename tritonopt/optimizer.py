@@ -127,6 +127,7 @@ class FusedOptimizer(RuleOptimizer):
             self._check({**self.defaults, **param_group})
         super().add_param_group(param_group)
         if built:
+            self._check(self.param_groups[-1])
             self._pack(self.param_groups[-1:])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -119,13 +119,9 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         return Rule("Rprop", eager.rprop_, launcher, STATE, STATE)
 
     def hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        numbers = {name: float(value) for name, value in _torch_limits(group).items()}
-        return {
-            **numbers,
-            "maximize": group["maximize"],
-            "variant": self._option(group, "variant"),
-            "loss_rose": False,
-        }
+        numbers = {name: float(value) for name, value in _limits(group).items()}
+        variant = self._option(group, "variant")
+        return {**numbers, "maximize": group["maximize"], "variant": variant, "loss_rose": False}
 
     def initial(self, key: str, group: dict[str, Any]) -> float:
         return float(group["lr"]) if key == "step_size" else 0.0
@@ -135,12 +131,14 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         has_complex = bool(self._init_group(group, *lists))
         names = ("foreach", "differentiable", "capturable", "maximize")
         options: Any = {name: group[name] for name in names}
-        rprop(*lists, has_complex=has_complex, **_torch_limits(group), **options)  # type: ignore[misc]
+        rprop(*lists, has_complex=has_complex, **_limits(group), **options)  # type: ignore[misc]
 
     def _check(self, group: dict[str, Any]) -> None:
         if self._option(group, "variant") not in VARIANTS:
             raise ValueError(f"Invalid variant: {group['variant']!r}, not one of {VARIANTS}")
         super()._check(group)
+        if self._option(group, "variant") == "irprop+":
+            group.setdefault("last_loss", None)
 
     def _why_torch(self, group: dict[str, Any]) -> str | None:
         etaminus, etaplus = (_rounded(float(eta)) for eta in group["etas"])
@@ -165,21 +163,7 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         lr = float(group["lr"])
         entry["step_size"].fill_(complex(lr, lr) if entry["step_size"].is_complex() else lr)
 
-    # The loss.
-
-    def _begin(self, options: dict[str, Any]) -> None:
-        super()._begin(options)
-        for group in self.param_groups:
-            self._remember_loss(group)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        self._remember_loss(self.param_groups[-1])
-
-    def _remember_loss(self, group: dict[str, Any]) -> None:
-        """Of the last step; in each group, as distributed checkpoints keep groups alone."""
-        if self._option(group, "variant") == "irprop+":
-            group.setdefault("last_loss", None)
+    # The loss. The last one is kept in each group, as distributed checkpoints keep groups alone.
 
     def _loss_value(self, loss: Any) -> float | None:
         if all(self._option(group, "variant") != "irprop+" for group in self.param_groups):
@@ -200,7 +184,7 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         for found in self._units.groups.values():
             for group in found.groups:
                 if self._option(group, "variant") == "irprop+":
-                    last, sign = group.get("last_loss"), -1 if group["maximize"] else 1
+                    last, sign = group["last_loss"], -1 if group["maximize"] else 1
                     found.hyper["loss_rose"] = last is not None and sign * value > sign * last
                     group["last_loss"] = value
 
@@ -216,12 +200,6 @@ def _rounded(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.float32, device="cpu"))
 
 
-def _torch_limits(group: dict[str, Any]) -> dict[str, Any]:
-    etaminus, etaplus = group["etas"]
-    step_size_min, step_size_max = group["step_sizes"]
-    return {
-        "etaminus": etaminus,
-        "etaplus": etaplus,
-        "step_size_min": step_size_min,
-        "step_size_max": step_size_max,
-    }
+def _limits(group: dict[str, Any]) -> dict[str, Any]:
+    names = ("etaminus", "etaplus", "step_size_min", "step_size_max")
+    return dict(zip(names, (*group["etas"], *group["step_sizes"]), strict=True))

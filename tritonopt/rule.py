@@ -57,7 +57,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         return why_watched()
 
     def _check(self, group: dict[str, Any]) -> None:
-        """Raises ValueError where an option has a wrong value or does not go with another."""
+        """Raises ValueError where an option has a wrong value or does not go with another.
+
+        Asked of a group that is built or added, and of each one whenever options have changed.
+        """
         for name in ("fused_amp", "max_grad_norm"):
             if name in group:
                 raise ValueError(f"{name} concerns all param groups: give it to the constructor")
