@@ -25,15 +25,11 @@ DEVICE = accelerator() or torch.device("cpu")
 class Replay:
     """A timer that says how long each call took that was measured before."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.seconds: list[float] = []
-
-    def play(self, microseconds: list[float]) -> None:
-        self.seconds = [s for us in reversed(microseconds) for s in (us * 1e-6, 0.0)]
+    now = 0.0
+    seconds: Iterator[float] = iter(())
 
     def __call__(self) -> float:
-        self.now += self.seconds.pop() if self.seconds else 0.0
+        self.now += next(self.seconds, 0.0)
         return self.now
 
 
@@ -70,5 +66,5 @@ def test_step(
     benchmark.group = f"{optimizer}, {workload}"
     benchmark.extra_info.update(figures(work, found, implementation), torch=torch.__version__)
     wall = found.times[implementation].wall
-    replay.play(wall)
+    replay.seconds = iter([seconds for us in wall for seconds in (0.0, us * 1e-6)])
     benchmark.pedantic(lambda: None, rounds=len(wall))

@@ -19,7 +19,7 @@ from perf import run
 from perf.implementations import IMPLEMENTATIONS, RULES, Workload
 from perf.timing import synchronize
 
-CHOSEN = {"compile()": (50, 1000), "backend": (50, 200), "compiled": (50,)}  # parameters
+CHOSEN = {"compile()": (50, 1000), "backend": (50,), "compiled": (50,)}  # parameters
 STEPS = 50
 
 

@@ -12,7 +12,7 @@ import torch
 
 from perf import compile_time, host, memory, run, steps
 
-POWERS = (10, 14, 18, 20, 22, 24, 26)
+POWERS = (10, 14, 18, 22, 26)
 
 
 def plan(device: torch.device, quick: bool) -> list[run.Job]:
@@ -22,7 +22,7 @@ def plan(device: torch.device, quick: bool) -> list[run.Job]:
         *host.plan(device, quick),
         *memory.plan(device, quick),
         *later,
-        *steps.curve(device, POWERS[:2] if quick else POWERS, seconds=0.5),
+        *steps.curve(device, POWERS[:2] if quick else POWERS, seconds=0.3),
         *compile_time.plan(device, quick),
         *last,
     ]

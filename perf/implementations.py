@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import prod
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 
+import tritonopt
 from perf.workloads import Shape
 
 CPU = torch.device("cpu")
@@ -60,36 +61,18 @@ class Workload(NamedTuple):
     def build(self, implementation: Implementation) -> Any:
         """An optimizer over parameters of its own, which have gradients."""
         name, options = CONFIGURATIONS[self.configuration]
-        library = implementation.library.split(".")[0]
-        try:
-            cls = getattr(importlib.import_module(implementation.library), name)
-        except ImportError as error:
-            raise Missing(f"{library} is not installed") from error
-        except AttributeError as error:
-            raise Missing(f"{library} has no {name}") from error
         params = []
         for index, shape in enumerate(self.shapes):
             param = torch.nn.Parameter(torch.randn(shape, dtype=self.dtype, device=self.device))
             param.grad = self.grads[index] if self.grads else torch.randn_like(param)
             params.append(param)
-        return cls(params, **options, **implementation.options)
+        make = getattr(implementation.library, name)
+        return make(params, **options, **implementation.options)
 
 
-def _eager(optimizer: Any) -> Step:
-    return optimizer.step  # type: ignore[no-any-return]
-
-
-def _compiled(optimizer: Any) -> Step:
-    return torch.compile(optimizer.step)
-
-
-def _compile(optimizer: Any) -> Step:
+def _compiled_method(optimizer: Any) -> Step:
     optimizer.compile()
     return optimizer.step  # type: ignore[no-any-return]
-
-
-def _backend(optimizer: Any) -> Step:
-    return torch.compile(optimizer.step, backend="tritonopt")
 
 
 def _replayed(optimizer: Any) -> Step:
@@ -109,33 +92,28 @@ def _replayed(optimizer: Any) -> Step:
 
 
 class Implementation(NamedTuple):
-    library: str
-    start: Callable[[Any], Step] = _eager  # from the optimizer to what takes a step
+    library: Any
+    start: Callable[[Any], Step] = attrgetter("step")  # from the optimizer to what takes a step
     options: dict[str, Any] = {}
     needs_gpu: bool = False
     compiles_stock: bool = False  # which takes minutes for some hundred parameters
 
-    def step(self, workload: Workload) -> Step:
-        if self.needs_gpu and workload.device.type != "cuda":
-            raise Missing("needs a GPU")
-        return self.start(workload.build(self))
 
-
-FOR_LOOP = Implementation("torch.optim", options={"foreach": False})
-CAPTURABLE = {"capturable": True}
+FOR_LOOP = Implementation(torch.optim, options={"foreach": False})
 IMPLEMENTATIONS = {
     "for-loop": FOR_LOOP,
-    "foreach": Implementation("torch.optim", options={"foreach": True}),
-    "compiled": Implementation("torch.optim", _compiled, compiles_stock=True),
-    "tritonopt": Implementation("tritonopt"),
-    "compile()": Implementation("tritonopt", _compile),
-    "backend": Implementation("torch.optim", _backend, compiles_stock=True),
-    "foreach, replayed": Implementation(
-        "torch.optim", _replayed, {**CAPTURABLE, "foreach": True}, needs_gpu=True
+    "foreach": Implementation(torch.optim, options={"foreach": True}),
+    "compiled": Implementation(torch.optim, lambda o: torch.compile(o.step), compiles_stock=True),
+    "tritonopt": Implementation(tritonopt),
+    "compile()": Implementation(tritonopt, _compiled_method),
+    "backend": Implementation(
+        torch.optim, lambda o: torch.compile(o.step, backend="tritonopt"), compiles_stock=True
     ),
-    "tritonopt, replayed": Implementation("tritonopt", _replayed, CAPTURABLE, needs_gpu=True),
-    "bitsandbytes": Implementation(
-        "bitsandbytes.optim", options={"optim_bits": 32}, needs_gpu=True
+    "foreach, replayed": Implementation(
+        torch.optim, _replayed, {"capturable": True, "foreach": True}, needs_gpu=True
+    ),
+    "tritonopt, replayed": Implementation(
+        tritonopt, _replayed, {"capturable": True}, needs_gpu=True
     ),
 }
 
@@ -148,8 +126,11 @@ def start(workload: Workload, names: Iterable[str]) -> tuple[dict[str, Step], di
     """
     steps, missing = {}, {}
     for name in sorted(names, key=lambda name: IMPLEMENTATIONS[name].compiles_stock):
+        implementation = IMPLEMENTATIONS[name]
         try:
-            step = IMPLEMENTATIONS[name].step(workload)
+            if implementation.needs_gpu and workload.device.type != "cuda":
+                raise Missing("needs a GPU")
+            step = implementation.start(workload.build(implementation))
             step()
             steps[name] = step
         except Exception as error:

@@ -1,8 +1,7 @@
-"""The machine that is measured: what it is, and which of its devices can be."""
+"""The machine that is measured: what it is, and what it has beside a CPU."""
 
 from __future__ import annotations
 
-import argparse
 import platform
 import re
 import subprocess
@@ -53,15 +52,3 @@ def _nvidia_smi(identity: str) -> dict[str, str]:
 
 def accelerator() -> torch.device | None:
     return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-
-
-def usable_device(name: str) -> torch.device:
-    """Of an argument."""
-    available = {"cpu", getattr(accelerator(), "type", "cpu")}
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{name!r} is no device") from error
-    if device.type not in available:
-        raise argparse.ArgumentTypeError(f"{name!r} is not {' or '.join(sorted(available))}")
-    return device

@@ -21,7 +21,7 @@ from unittest.mock import patch
 import torch
 
 from perf.implementations import Missing, reason
-from perf.machine import accelerator, machine, usable_device
+from perf.machine import accelerator, machine
 from perf.tables import tables
 
 ROOT = Path(__file__).parent.parent
@@ -161,11 +161,12 @@ def command(
     add("--only", nargs="+", metavar="PART", help="parts of the results")
     add("--compiled-up-to", type=int, metavar="PARAMETERS",
         help="compile no stock optimizer of more than these")  # fmt: skip
-    default = torch.device("cpu") if stem == "cpu" else accelerator() or torch.device("cpu")
-    add("--device", type=usable_device, default=default)
+    devices = ["cpu", *filter(None, [getattr(accelerator(), "type", None)])]
+    add("--device", choices=devices, default=stem or devices[-1])
     given = parser.parse_args(arguments)
 
-    jobs = plan(given.device, given.quick)
+    device = torch.device(given.device)
+    jobs = plan(device, given.quick)
     parts = list(dict.fromkeys(job.part for job in jobs))
     if unknown := set(given.only or ()) - {*parts}:
         parser.error(f"no part {', '.join(unknown)}: choose of {', '.join(parts)}")
@@ -173,7 +174,7 @@ def command(
     if up_to is None:
         up_to = 0 if given.quick else sys.maxsize
     jobs = [job for job in jobs if job.part in (given.only or parts) and job.compiles <= up_to]
-    results = {"machine": machine(given.device), "quick": given.quick}
+    results = {"machine": machine(device), "quick": given.quick}
     name = stem or "".join(c if c.isalnum() else "-" for c in results["machine"]["device"].lower())
     out = given.out and given.out / f"{name}.json"
     if lost := _lost(out, given.quick, {job.part for job in jobs}):

@@ -100,14 +100,14 @@ def stages(
     """Jobs without a compiler, those with one, and those that take minutes to compile: each
     measures the peers again, beside what is new."""
     few = [label for label in chosen if len(WORKLOADS[label]) < MANY]
-    many = [label for label in chosen if label not in few]
+    many = sorted({*chosen} - {*few}, key=lambda label: len(WORKLOADS[label]))
     gpu = device.type == "cuda"  # where compile() changes nothing
     names = [name for name in ALL if name != "compile()" or not gpu]
     ours = [] if gpu else jobs(device, many, OURS, seconds=seconds)
     return (
         jobs(device, chosen, EAGER, seconds=seconds),
         ours + jobs(device, few, names, seconds=seconds),
-        jobs(device, many[::-1], names, seconds=seconds),
+        jobs(device, many, names, seconds=seconds),
     )
 
 

@@ -1,6 +1,5 @@
 """perf: its counts are right, its parts end in time."""
 
-import argparse
 import itertools
 import json
 import math
@@ -21,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 perf = sys.modules.setdefault("perf", types.ModuleType("perf"))
 perf.__path__ = [str(ROOT / "perf")]  # ROOT in sys.path would hide Hugging Face's `kernels`
 
-from perf import compile_time, cpu, gpu, machine, memory, run, steps, timing
+from perf import compile_time, cpu, gpu, memory, run, steps, timing
 from perf.implementations import IMPLEMENTATIONS, RULES, Workload, start
 from perf.workloads import WORKLOADS
 
@@ -104,12 +103,15 @@ def test_medians_and_spread():
     assert summary["device_us"] is None
 
 
-def test_a_missing_peer_is_named(monkeypatch):
-    peer = IMPLEMENTATIONS["bitsandbytes"]._replace(library="no_such_peer.optim", needs_gpu=False)
-    monkeypatch.setitem(IMPLEMENTATIONS, "peer", peer)
-    found, missing = start(Workload("RMSprop", [(3,)], CPU), ("foreach", "peer", "bitsandbytes"))
+def test_what_fails_is_named(monkeypatch):
+    broken = IMPLEMENTATIONS["foreach"]._replace(options={"lr": -1.0})
+    monkeypatch.setitem(IMPLEMENTATIONS, "broken", broken)
+    names = ("broken", "foreach", "tritonopt, replayed")
+    found, missing = start(Workload("RMSprop", [(3,)], CPU), names)
     assert list(found) == ["foreach"]
-    assert missing == {"peer": "no_such_peer is not installed", "bitsandbytes": "needs a GPU"}
+    assert missing == {
+        "broken": "ValueError: Invalid learning rate: -1.0", "tritonopt, replayed": "needs a GPU",
+    }  # fmt: skip
 
 
 def test_memory_of_a_call():
@@ -218,10 +220,10 @@ def test_without_a_gpu(monkeypatch, capsys):
     assert end.value.code == 2 and "needs a GPU" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["meta", "no"])
-def test_devices_that_cannot_be_measured(name):
-    with pytest.raises(argparse.ArgumentTypeError, match=f"'{name}' is no"):
-        machine.usable_device(name)
+def test_devices_that_cannot_be_measured(capsys):
+    with pytest.raises(SystemExit):
+        run.command(cpu.plan, 60, "cpu", ["--device", "meta"])
+    assert "invalid choice: 'meta'" in capsys.readouterr().err
 
 
 def test_an_interrupted_run_keeps_what_it_found(tmp_path, monkeypatch, capsys):
@@ -271,8 +273,8 @@ def test_no_stock_optimizer_is_compiled_quickly(monkeypatch):
 def test_records_of_steps(monkeypatch):
     monkeypatch.setattr(steps, "bandwidth", lambda *_: 1e10)
     work = Workload("Rprop", [(20, 3), (7,)], CPU)
-    records = list(steps.records([("some", work)], [*EAGER, "bitsandbytes"], 0))
-    assert [record["implementation"] for record in records] == [*EAGER, "bitsandbytes"]
+    records = list(steps.records([("some", work)], [*EAGER, "foreach, replayed"], 0))
+    assert [record["implementation"] for record in records] == [*EAGER, "foreach, replayed"]
     first, *_, last = records
     assert first["least_bytes"] == 67 * 28 and last["missing"] == "needs a GPU"
     floor = first["least_bytes"] / 1e10 * 1e6
