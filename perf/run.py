@@ -22,7 +22,7 @@ import torch
 
 from perf.implementations import Missing, reason
 from perf.machine import accelerator, machine
-from perf.tables import tables
+from perf.tables import measured, tables
 
 ROOT = Path(__file__).parent.parent
 INTERRUPTED = 130
@@ -122,24 +122,9 @@ def run(
 def _write(results: dict[str, Any], out: Path | None) -> None:
     """At once, so that a file is never half of one."""
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
         new = out.with_name(f"{out.name}.new")
         new.write_text(json.dumps(results, indent=1) + "\n")
         new.replace(out)
-
-
-def is_measured(results: dict[str, Any]) -> bool:
-    """Whether there is any figure."""
-    parts = [part for part in results.values() if isinstance(part, list)]
-    return any("missing" not in record for part in parts for record in part)
-
-
-def folder(name: str) -> Path:
-    """Of an argument."""
-    path = Path(name)
-    if path.exists() and not path.is_dir():
-        raise argparse.ArgumentTypeError(f"{name!r} is no folder")
-    return path
 
 
 def command(
@@ -155,7 +140,7 @@ def command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--out", type=folder, help="a folder for the results as JSON")
+    add("--out", type=Path, help="a folder for the results as JSON")
     add("--quick", action="store_true", help="few jobs, none that compiles a stock optimizer")
     add("--seconds", type=float, default=seconds, help="by which it ends (%(default)s)")
     add("--only", nargs="+", metavar="PART", help="parts of the results")
@@ -177,6 +162,8 @@ def command(
     results = {"machine": machine(device), "quick": given.quick}
     name = stem or "".join(c if c.isalnum() else "-" for c in results["machine"]["device"].lower())
     out = given.out and given.out / f"{name}.json"
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
     if lost := _lost(out, given.quick, {job.part for job in jobs}):
         print(f"{out} has {lost}: name another folder")
         return 2
@@ -187,7 +174,7 @@ def command(
         print(*tables(results), f"Interrupted{kept}.", sep="\n\n")
         return INTERRUPTED
     print(*tables(results), sep="\n\n")
-    return 0 if is_measured(results) else 1
+    return 0 if any(measured(results, part) for part in parts) else 1
 
 
 def _lost(out: Path | None, quick: bool, parts: set[str]) -> str:

@@ -160,7 +160,7 @@ def test_jobs_end_in_time_and_what_they_found_is_kept(tmp_path, monkeypatch):
         run.Job("part", "late", FOREVER, seconds=600),
         run.Job("part", "none", job("[{'found': 2}]")),
     ]
-    run.run(jobs, {"part": found}, 450, tmp_path / "folder" / "results.json")
+    run.run(jobs, {"part": found}, 450, tmp_path / "results.json")
     assert found == [
         {"found": 1},
         {"job": "limited", "missing": "not done after 60 s"},
@@ -170,7 +170,7 @@ def test_jobs_end_in_time_and_what_they_found_is_kept(tmp_path, monkeypatch):
         {"job": "late", "missing": "not done after 50 s"},
         {"job": "none", "missing": "the 450 s were over"},
     ]
-    assert json.loads((tmp_path / "folder" / "results.json").read_text()) == {"part": found}
+    assert json.loads((tmp_path / "results.json").read_text()) == {"part": found}
 
 
 KILLED = """
