@@ -66,4 +66,4 @@ def plan(device: torch.device, quick: bool) -> list[run.Job]:
 
 
 if __name__ == "__main__":
-    sys.exit(run.command(plan, seconds=60))
+    sys.exit(run.command(plan, seconds=120))

@@ -6,6 +6,7 @@ can move what a step must move, at the bandwidth that is measured with it.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -33,6 +34,7 @@ class Measured(NamedTuple):
 
 
 def measure(workload: Workload, names: Iterable[str], seconds: float) -> Measured:
+    gc.collect()  # of the workload before, whose memory this one may need
     torch.manual_seed(0)
     torch._dynamo.reset()
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # not silently eager
