@@ -7,33 +7,27 @@ figure, with Inductor's and triton's caches off.
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
+from torch._inductor.utils import fresh_cache
 
 from perf import run
-from perf.child import TimeIsUp, apart
-from perf.implementations import IMPLEMENTATIONS, Missing, Workload
+from perf.implementations import IMPLEMENTATIONS, RULES, Workload
 from perf.timing import synchronize
 
-# As torch's documentation advises: a stock step is compiled anew for each float `lr`.
-TENSOR_LR = IMPLEMENTATIONS["compiled"]._replace(options={"lr": torch.tensor(0.01)})
-ENTRANCES = {
-    "compile()": IMPLEMENTATIONS["compile()"],
-    "compiled": TENSOR_LR,
-    "backend": IMPLEMENTATIONS["backend"],
-}
-COUNTS = (50, 200, 1000)
+CHOSEN = {"compile()": (50, 1000), "backend": (50,), "compiled": (50,)}  # parameters
 STEPS = 50
 
 
-def compile_time(entrance: str, workload: Workload) -> Iterator[dict[str, Any]]:
+def compile_time(name: str, workload: Workload) -> dict[str, Any]:
     """In a process that has compiled nothing yet."""
-    implementation = ENTRANCES[entrance]
+    implementation = IMPLEMENTATIONS[name]
+    if name == "compiled":  # as torch advises: it is compiled anew for each `lr` that is a float
+        implementation = implementation._replace(options={"lr": torch.tensor(0.01)})
     optimizer = workload.build(implementation)
     step = implementation.start(optimizer)
     begin = time.perf_counter()
@@ -47,38 +41,33 @@ def compile_time(entrance: str, workload: Workload) -> Iterator[dict[str, Any]]:
     synchronize(workload.device)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     total = time.perf_counter() - begin
-    yield {"first_step_s": first, "all_steps_s": total, "graphs": graphs}
+    return {"first_step_s": first, "all_steps_s": total, "graphs": graphs}
 
 
-def records(entrance: str, workload: Workload, seconds: float) -> Iterator[dict[str, Any]]:
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        env = {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "TORCHINDUCTOR_CACHE_DIR": folder,
-               "TRITON_CACHE_DIR": folder}  # fmt: skip
-        try:
-            (found,) = apart(partial(compile_time, entrance, workload), env, seconds)
-        except TimeIsUp:
-            found = {"missing": f"not compiled after {seconds:.0f} s"}
-        except Missing as why:
-            found = {"missing": str(why)}
-    yield {"implementation": entrance, "optimizer": workload.configuration,
-           "tensors": len(workload.shapes), **found}  # fmt: skip
+def records(name: str, workload: Workload) -> Iterator[dict[str, Any]]:
+    with fresh_cache():
+        yield {
+            "implementation": name, "optimizer": workload.configuration,
+            "tensors": len(workload.shapes), **compile_time(name, workload),
+        }  # fmt: skip
 
 
-def jobs(
-    device: torch.device,
-    quick: bool,
-    counts: tuple[int, ...] = COUNTS,
-    seconds: float = 200,
-) -> run.Jobs:
-    return {
-        f"{configuration}, {entrance}, {count}": partial(
-            records, entrance, Workload(configuration, [(64,)] * count, device), seconds
+def plan(device: torch.device, quick: bool) -> list[run.Job]:
+    chosen = {name: counts[:1] for name, counts in CHOSEN.items()} if quick else CHOSEN
+    return [
+        run.Job(
+            "compile",
+            f"{configuration}, {name}, {count}",
+            partial(records, name, Workload(configuration, [(64,)] * count, device)),
+            seconds=75,
+            env={"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"},
+            compiles=count if IMPLEMENTATIONS[name].compiles_stock else 0,
         )
-        for count in ((20,) if quick else counts)
-        for entrance in ENTRANCES
-        for configuration in (("RMSprop",) if quick else ("RMSprop", "Rprop"))
-    }
+        for name, counts in chosen.items()
+        for count in counts
+        for configuration in RULES
+    ]
 
 
 if __name__ == "__main__":
-    sys.exit(run.script("compile", jobs))
+    sys.exit(run.command(plan, seconds=500))

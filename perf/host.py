@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 from perf import run
-from perf.child import apart
-from perf.implementations import IMPLEMENTATIONS, Workload
+from perf.implementations import IMPLEMENTATIONS, RULES, Workload
 from perf.timing import synchronize
 
 COUNTS = (1, 1000)
@@ -37,7 +36,7 @@ def host_time(name: str, count: int, device: torch.device, every: bool = False) 
     Launch.run = lambda *args, **kwargs: None  # type: ignore[method-assign]
     optimizer = Workload(name, [(64,)] * count, device).build(IMPLEMENTATIONS["tritonopt"])
     times = []
-    for number in range(100 if every else 1000):
+    for number in range(60 if every else 600):
         if every or number == 0:
             optimizer.zero_grad()
             params = optimizer.param_groups[0]["params"]
@@ -50,8 +49,7 @@ def host_time(name: str, count: int, device: torch.device, every: bool = False) 
     return median(times[len(times) // 5 :]) * 1e6
 
 
-def host(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
-    """In a process of its own, which takes no step again."""
+def records(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
     one, many = (host_time(name, count, device) for count in COUNTS)
     yield {
         "optimizer": name,
@@ -62,14 +60,10 @@ def host(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
     }
 
 
-def records(name: str, device: torch.device) -> Iterator[dict[str, Any]]:
-    interpret = {"TRITON_INTERPRET": "1"} if device.type == "cpu" else {}
-    yield from apart(partial(host, name, device), interpret)
-
-
-def jobs(device: torch.device, quick: bool) -> run.Jobs:
-    return {name: partial(records, name, device) for name in ("RMSprop", "Rprop")}
+def plan(device: torch.device, quick: bool) -> list[run.Job]:
+    env = {"TRITON_INTERPRET": "1"} if device.type == "cpu" else {}
+    return [run.Job("host", name, partial(records, name, device), env=env) for name in RULES]
 
 
 if __name__ == "__main__":
-    sys.exit(run.script("host", jobs))
+    sys.exit(run.command(plan, seconds=120))

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import prod
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch.optim import Optimizer
 
+import tritonopt
 from perf.workloads import Shape
 
 CPU = torch.device("cpu")
 Step = Callable[[], Any]
 
+RULES = ("RMSprop", "Rprop")
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "RMSprop": ("RMSprop", {}),
     "Rprop": ("Rprop", {}),
     "RMSprop, centered, momentum": ("RMSprop", {"centered": True, "momentum": 0.9}),
 }
 
-COMPILED_UP_TO = {"compiled": 1000, "backend": 1000}
-"""Parameters. To compile the stock optimizer over so many takes up to five minutes."""
-
 
 class Missing(Exception):
-    """Why an implementation cannot be measured."""
+    """Why something cannot be measured."""
 
 
 def reason(error: Exception) -> str:
@@ -62,52 +60,22 @@ class Workload(NamedTuple):
 
     def build(self, implementation: Implementation) -> Any:
         """An optimizer over parameters of its own, which have gradients."""
-        library = implementation.library
         name, options = CONFIGURATIONS[self.configuration]
-        try:
-            cls = getattr(importlib.import_module(library), name)
-        except ImportError as error:
-            raise Missing(f"{library.split('.')[0]} is not installed") from error
-        except AttributeError as error:
-            raise Missing(f"{library.split('.')[0]} has no {name}") from error
         params = []
         for index, shape in enumerate(self.shapes):
             param = torch.nn.Parameter(torch.randn(shape, dtype=self.dtype, device=self.device))
             param.grad = self.grads[index] if self.grads else torch.randn_like(param)
             params.append(param)
-        return cls(params, **options, **implementation.options)
+        make = getattr(implementation.library, name)
+        return make(params, **options, **implementation.options)
 
 
-class Implementation(NamedTuple):
-    library: str
-    start: Callable[[Any], Step]  # from the optimizer to what takes a step
-    options: dict[str, Any] = {}
-    needs_gpu: bool = False
-
-    def step(self, workload: Workload) -> Step:
-        if self.needs_gpu and workload.device.type != "cuda":
-            raise Missing("needs a GPU")
-        return self.start(workload.build(self))
-
-
-def _eager(optimizer: Optimizer) -> Step:
-    return optimizer.step
-
-
-def _traced(optimizer: Optimizer) -> Step:
-    return torch.compile(optimizer.step)
-
-
-def _compile(optimizer: Any) -> Step:
+def _compiled_method(optimizer: Any) -> Step:
     optimizer.compile()
     return optimizer.step  # type: ignore[no-any-return]
 
 
-def _backend(optimizer: Optimizer) -> Step:
-    return torch.compile(optimizer.step, backend="tritonopt")
-
-
-def _replayed(optimizer: Optimizer) -> Step:
+def _replayed(optimizer: Any) -> Step:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -117,49 +85,54 @@ def _replayed(optimizer: Optimizer) -> Step:
     with torch.cuda.graph(graph):
         optimizer.step()
 
-    def replay(owner: Optimizer = optimizer) -> None:  # of the memory that the graph knows
+    def replay(owner: Any = optimizer) -> None:  # of the memory that the graph knows
         graph.replay()
 
     return replay
 
 
-FOR_LOOP = Implementation("torch.optim", _eager, {"foreach": False})
+class Implementation(NamedTuple):
+    library: Any
+    start: Callable[[Any], Step] = attrgetter("step")  # from the optimizer to what takes a step
+    options: dict[str, Any] = {}
+    needs_gpu: bool = False
+    compiles_stock: bool = False  # which takes minutes for some hundred parameters
+
+
+FOR_LOOP = Implementation(torch.optim, options={"foreach": False})
 IMPLEMENTATIONS = {
     "for-loop": FOR_LOOP,
-    "foreach": Implementation("torch.optim", _eager, {"foreach": True}),
-    "compiled": Implementation("torch.optim", _traced),
-    "tritonopt": Implementation("tritonopt", _eager),
-    "compile()": Implementation("tritonopt", _compile),
-    "backend": Implementation("torch.optim", _backend),
+    "foreach": Implementation(torch.optim, options={"foreach": True}),
+    "compiled": Implementation(torch.optim, lambda o: torch.compile(o.step), compiles_stock=True),
+    "tritonopt": Implementation(tritonopt),
+    "compile()": Implementation(tritonopt, _compiled_method),
+    "backend": Implementation(
+        torch.optim, lambda o: torch.compile(o.step, backend="tritonopt"), compiles_stock=True
+    ),
     "foreach, replayed": Implementation(
-        "torch.optim", _replayed, {"capturable": True, "foreach": True}, needs_gpu=True
+        torch.optim, _replayed, {"capturable": True, "foreach": True}, needs_gpu=True
     ),
     "tritonopt, replayed": Implementation(
-        "tritonopt", _replayed, {"capturable": True}, needs_gpu=True
-    ),
-    "bitsandbytes": Implementation(
-        "bitsandbytes.optim", _eager, {"optim_bits": 32}, needs_gpu=True
+        tritonopt, _replayed, {"capturable": True}, needs_gpu=True
     ),
 }
 
 
-def start(
-    workload: Workload, names: Sequence[str], up_to: dict[str, int]
-) -> tuple[dict[str, Step], dict[str, str]]:
+def start(workload: Workload, names: Iterable[str]) -> tuple[dict[str, Step], dict[str, str]]:
     """The steps of the implementations, and why others are missing.
 
-    What a compiler traces comes last: it leaves a heap in pieces, in which the objects of what is
-    built after it lie far from each other, and 1000 tensors take up to three times as long.
+    Stock optimizers are compiled last: a compiler leaves a heap in pieces, in which the objects of
+    what is built after it lie far from each other, and 1000 tensors take up to three times as long.
     """
     steps, missing = {}, {}
-    for name in sorted(names, key=COMPILED_UP_TO.__contains__):
-        limit = up_to.get(name, len(workload.shapes))
+    for name in sorted(names, key=lambda name: IMPLEMENTATIONS[name].compiles_stock):
+        implementation = IMPLEMENTATIONS[name]
         try:
-            if len(workload.shapes) > limit:
-                raise Missing(f"not compiled for over {limit} parameters (see --compiled-up-to)")
-            steps[name] = IMPLEMENTATIONS[name].step(workload)
-            steps[name]()
+            if implementation.needs_gpu and workload.device.type != "cuda":
+                raise Missing("needs a GPU")
+            step = implementation.start(workload.build(implementation))
+            step()
+            steps[name] = step
         except Exception as error:
-            steps.pop(name, None)
             missing[name] = reason(error)
     return steps, missing

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from perf import run
-from perf.implementations import IMPLEMENTATIONS, Implementation, Step, Workload
-from perf.workloads import WORKLOADS, Shape
+from perf.implementations import IMPLEMENTATIONS, RULES, Implementation, Step, Workload
+from perf.workloads import WORKLOADS
 
 NAMES = ("for-loop", "foreach", "tritonopt", "compile()")
-CHOSEN = ("ResNet-50", "1000 x 64", "1 x 64M")
+CHOSEN = ("1000 x 64", "ResNet-50", "1 x 64M")
 
 
 def cpu_memory(function: Callable[[], Any]) -> tuple[int, int]:
@@ -66,7 +67,9 @@ def memory(workload: Workload, implementation: Implementation) -> dict[str, int]
         return optimizer, step
 
     begin()  # what a process allocates once belongs to no optimizer
+    gc.collect()  # an optimizer in a cycle is not freed while the next one is looked at
     held, _ = allocated(begin)
+    gc.collect()
     optimizer, step = begin()
     _, peak = allocated(step)
     tensors = [t for entry in optimizer.state.values() for t in entry.values()]
@@ -75,27 +78,25 @@ def memory(workload: Workload, implementation: Implementation) -> dict[str, int]
     return {"state_bytes": state, "kept_bytes": held - given - state, "peak_bytes": peak}
 
 
-def records(label: str, workload: Workload, name: str) -> Iterator[dict[str, Any]]:
-    yield {
-        "optimizer": workload.configuration, "workload": label, "implementation": name,
-        "elements": workload.elements, **memory(workload, IMPLEMENTATIONS[name]),
-    }  # fmt: skip
+def records(label: str, workloads: list[Workload]) -> Iterator[dict[str, Any]]:
+    for workload, name in product(workloads, NAMES):
+        yield {
+            "optimizer": workload.configuration, "workload": label, "implementation": name,
+            "elements": workload.elements, **memory(workload, IMPLEMENTATIONS[name]),
+        }  # fmt: skip
 
 
-def jobs(
-    device: torch.device, quick: bool, workloads: dict[str, list[Shape]] = WORKLOADS
-) -> run.Jobs:
-    chosen = CHOSEN[1:2] if quick else CHOSEN
-    names = NAMES[1:3] if quick else NAMES
-    return {
-        f"{configuration}, {label}, {name}": partial(
-            records, label, Workload(configuration, workloads[label], device), name
+def plan(device: torch.device, quick: bool) -> list[run.Job]:
+    return [
+        run.Job(
+            "memory",
+            label,
+            partial(records, label, [Workload(rule, WORKLOADS[label], device) for rule in RULES]),
+            seconds=120,
         )
-        for label in chosen
-        for configuration in ("RMSprop", "Rprop")
-        for name in names
-    }
+        for label in (CHOSEN[:1] if quick else CHOSEN)
+    ]
 
 
 if __name__ == "__main__":
-    sys.exit(run.script("memory", jobs))
+    sys.exit(run.command(plan, seconds=200))

@@ -10,53 +10,74 @@ is 1 if one of the files says something else.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import median
 
-from perf import plots
-from perf.tables import table, tables
+from matplotlib.figure import Figure
+
+from perf.implementations import IMPLEMENTATIONS, RULES
+from perf.tables import Results, implementations, measured, rate, table, tables
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- perf:(\w+) (\w+) -->\n).*?(<!-- /perf -->)", re.S)
+COLOURS = {name: f"C{number}" for number, name in enumerate(IMPLEMENTATIONS)}
+PLOTS = {  # what is drawn over the elements of one parameter
+    "roofline": ("bytes of the floor / time, GB/s", rate),
+    "size": ("step, us", lambda record: record["wall_us"]["median"]),
+}
 
 
-class Unreadable(Exception):
-    """A file of results that is none."""
+def draw(file: Path) -> None:
+    """How near to the floor steps over one parameter are, and how long they take."""
+    results = json.loads(file.read_text())
+    records = sorted(measured(results, "curve"), key=lambda record: record["elements"])
+    if not records:
+        return
+    for name, (label, value) in PLOTS.items():
+        figure = Figure(figsize=(10, 4), layout="constrained")
+        for axes, rule in zip(figure.subplots(1, 2), RULES, strict=True):
+            some = [record for record in records if record["optimizer"] == rule]
+            for implementation in implementations(some):
+                line = [record for record in some if record["implementation"] == implementation]
+                axes.loglog([r["elements"] for r in line], [value(r) for r in line], marker=".",
+                            label=implementation, color=COLOURS[implementation])  # fmt: skip
+            if name == "roofline":
+                roof = median(record["bandwidth_bytes_per_s"] for record in records) / 1e9
+                axes.axhline(roof, color="black", linestyle="--", label="bandwidth")
+            axes.set(title=rule, xlabel="elements of one parameter", ylabel=label)
+            axes.grid(alpha=0.3)
+            if axes.lines:
+                axes.legend(fontsize="small")
+        figure.savefig(plot(file, name), dpi=80)
 
 
-def read(file: Path) -> dict[str, Any]:
-    try:
-        results = json.loads(file.read_text())
-        results["machine"], results["quick"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise Unreadable(f"{file} holds no results: {type(error).__name__}: {error}") from error
-    return dict(results)
+def plot(file: Path, name: str) -> Path:
+    return file.with_name(f"{file.stem}-{name}.png")
 
 
 def block(file: Path, part: str) -> Iterator[str]:
     """What is said of one part of the results in a file."""
-    results = read(file)
+    results: Results = json.loads(file.read_text())
     if part == "all":
         yield from tables(results)
     elif part != "plots":
         yield table(results, part)
-    if part in ("all", "plots"):
-        yield "\n".join(f"![{n}](results/{n}.png)" for n in plots.names(file.stem, results))
+    if part in ("all", "plots") and measured(results, "curve"):
+        plots = [plot(file, name) for name in PLOTS]
+        yield "\n".join(f"![{one.stem}](results/{one.name})" for one in plots)
 
 
 def fill(text: str, folder: Path) -> str:
     """A text with all of its blocks made again."""
-    cpu = folder / "cpu.json"
-    others = sorted(file for file in folder.glob("*.json") if file != cpu)
+    files = sorted(folder.glob("*.json"))
 
     def replace(match: re.Match[str]) -> str:
-        files = [cpu] if match[2] == "cpu" else others
-        texts = [text for file in files for text in block(file, match[3]) if text]
+        some = [file for file in files if (file.stem == "cpu") == (match[2] == "cpu")]
+        texts = [text for file in some for text in block(file, match[3]) if text]
         lacking = "Not measured on a GPU yet." if match[2] == "gpu" else "Not measured."
         body = "\n\n".join(texts) or lacking
         return f"{match[1]}\n{body}\n\n{match[4]}"
@@ -68,16 +89,9 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args(arguments).check
-    if not check and importlib.util.find_spec("matplotlib") is None:
-        print('perf.report draws with matplotlib: pip install -e ".[perf]"')
-        return 2
     folder = root / "perf" / "results"
     files = [root / "README.md", root / "perf" / "README.md"]
-    try:
-        made = {file: fill(file.read_text(), folder) for file in files}
-    except Unreadable as why:
-        print(why)
-        return 2
+    made = {file: fill(file.read_text(), folder) for file in files}
     if check:
         pictures = re.findall(r"\]\((results/[^)]+\.png)\)", made[files[1]])
         lacking = [name for name in pictures if not (root / "perf" / name).exists()]
@@ -88,8 +102,8 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         return 0
     for file in files:
         file.write_text(made[file])
-    for results in folder.glob("*.json"):
-        plots.draw(results.stem, read(results), folder)
+    for file in folder.glob("*.json"):
+        draw(file)
     return 0
 
 

@@ -1,24 +1,30 @@
-"""What does a step cost, and how near to the floor is it? `python -m perf.cpu --only steps`."""
+"""What does a step cost, and how near to the floor is it? `python -m perf.steps`
+
+All implementations of a workload take turns in one process. The floor is the time in which memory
+can move what a step must move, at the bandwidth that is measured with it.
+"""
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterator, Sequence
+import gc
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from perf.implementations import CONFIGURATIONS, Missing, Workload, start
-from perf.run import Jobs
+from perf import run
+from perf.implementations import IMPLEMENTATIONS, RULES, Workload, start
 from perf.timing import Times, bandwidth, interleaved
-from perf.workloads import Shape
+from perf.workloads import WORKLOADS
 
-Record = dict[str, Any]
-TOLD: list[Record] = []  # by `pytest perf`, at its end
-TEMPORARY = 3  # tensors of the parameters' size that a step of torch's needs while it runs
+CHOSEN = ("1000 x 64", "1 x 64M", "ResNet-50", "LSTM", "DQN", "MobileNetV3-Large", "1 x 8M")
+QUICK = ("1000 x 64", "DQN")
+EAGER = [n for n in IMPLEMENTATIONS if n not in ("compiled", "compile()", "backend")]
+OURS = ["for-loop", "foreach", "tritonopt", "compile()"]
+ALL = ["for-loop", "foreach", "compiled", "tritonopt", "compile()", "backend"]
+MANY = 20  # parameters: to compile the stock optimizer over more takes minutes
 
 
 class Measured(NamedTuple):
@@ -27,86 +33,106 @@ class Measured(NamedTuple):
     bandwidth: float  # bytes per second, before and after: it changes from minute to minute
 
 
-def measure(
-    workload: Workload, names: Sequence[str], up_to: dict[str, int], seconds: float
-) -> Measured:
+def measure(workload: Workload, names: Iterable[str], seconds: float) -> Measured:
+    gc.collect()  # of the workload before, whose memory this one may need
     torch.manual_seed(0)
     torch._dynamo.reset()
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # not silently eager
-    needed = _needed(workload, len(names))
-    if needed > free_memory(workload.device):
-        raise Missing(f"needs {needed / 2**30:.0f} GiB of free memory")
-    workload = workload.with_gradients()
-    steps, missing = start(workload, names, up_to)
+    steps, missing = start(workload.with_gradients(), names)
     before = bandwidth(workload.device, seconds / 6)
     times = interleaved(steps, workload.device, seconds)
     after = bandwidth(workload.device, seconds / 6)
     return Measured(times, missing, (before + after) / 2)
 
 
-def _needed(workload: Workload, count: int) -> int:
-    """Bytes of gradients, and of parameters and state of `count` optimizers, which a step reads
-    and writes."""
-    grads = workload.elements * workload.dtype.itemsize
-    return grads + count * (workload.least_bytes - grads) // 2 + TEMPORARY * grads
-
-
-def free_memory(device: torch.device) -> int:
-    if device.type != "cpu":
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    info = Path("/proc/meminfo")
-    available = re.search(r"MemAvailable:\s*(\d+) kB", info.read_text()) if info.exists() else None
-    if available:  # what files are cached in, included
-        return int(available[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def records(
-    label: str,
-    workload: Workload,
-    names: Sequence[str],
-    up_to: dict[str, int],
-    seconds: float,
-) -> Iterator[Record]:
-    common = {
-        "optimizer": workload.configuration, "workload": label, "tensors": len(workload.shapes),
-    }  # fmt: skip
-    measured = measure(workload, names, up_to, seconds)
-    for name in names:
-        record = {**common, "implementation": name}
-        if name in measured.missing:
-            yield {**record, "missing": measured.missing[name]}
-        else:
-            yield {**record, **figures(workload, measured, name)}
-
-
-def figures(workload: Workload, measured: Measured, name: str) -> Record:
-    """The times, and the floor: the least bytes at the bandwidth that was measured with them."""
-    least_bytes = workload.least_bytes
-    floor = least_bytes / measured.bandwidth * 1e6
+def figures(workload: Workload, measured: Measured, name: str) -> dict[str, Any]:
+    if name in measured.missing:
+        return {"missing": measured.missing[name]}
     summary = measured.times[name].summary()
     taken = summary["device_us"] or summary["wall_us"]
+    floor = workload.least_bytes / measured.bandwidth * 1e6
     return {
-        "elements": workload.elements, "least_bytes": least_bytes,
+        "elements": workload.elements, "least_bytes": workload.least_bytes,
         "bandwidth_bytes_per_s": measured.bandwidth, "floor_us": floor,
         "fraction_of_floor": floor / taken["median"], **summary,
     }  # fmt: skip
 
 
+def records(
+    workloads: Sequence[tuple[str, Workload]], names: Sequence[str], seconds: float
+) -> Iterator[dict[str, Any]]:
+    for label, workload in workloads:
+        measured = measure(workload, names, seconds)
+        for name in names:
+            yield {
+                "optimizer": workload.configuration, "workload": label,
+                "tensors": len(workload.shapes), "implementation": name,
+                **figures(workload, measured, name),
+            }  # fmt: skip
+
+
 def jobs(
-    workloads: dict[str, list[Shape]],
-    names: Sequence[str],
     device: torch.device,
-    configurations: Sequence[str] = ("RMSprop", "Rprop"),
-    **kwargs: Any,
-) -> Jobs:
-    """One per workload and optimizer."""
-    return {
-        f"{configuration}, {label}": partial(
-            records, label, Workload(configuration, shapes, device), names, **kwargs
+    chosen: Iterable[str],
+    names: Sequence[str],
+    rules: Sequence[str] = RULES,
+    seconds: float = 1.0,
+) -> list[run.Job]:
+    """One per workload and rule; on a GPU, where a process starts slowly, one per workload."""
+    gpu = device.type == "cuda"
+    names = [name for name in names if gpu or not IMPLEMENTATIONS[name].needs_gpu]
+    stock = any(IMPLEMENTATIONS[name].compiles_stock for name in names)
+    return [
+        run.Job(
+            "steps",
+            f"{' and '.join(some)}, {label}{', compiled' if stock else ''}",
+            partial(records, [(label, Workload(rule, WORKLOADS[label], device)) for rule in some],
+                    names, seconds),
+            seconds=300 if stock else 60,
+            compiles=len(WORKLOADS[label]) if stock else 0,
         )
-        for label, shapes in workloads.items()
-        for configuration in CONFIGURATIONS
-        if configuration in configurations
-    }
+        for label in chosen
+        for some in ([rules] if gpu else [(rule,) for rule in rules])
+    ]  # fmt: skip
+
+
+def stages(
+    device: torch.device, chosen: Sequence[str], seconds: float = 1.0
+) -> tuple[list[run.Job], list[run.Job], list[run.Job]]:
+    """Jobs without a compiler, those with one, and those that take minutes to compile: each
+    measures the peers again, beside what is new."""
+    few = [label for label in chosen if len(WORKLOADS[label]) < MANY]
+    many = sorted({*chosen} - {*few}, key=lambda label: len(WORKLOADS[label]))
+    gpu = device.type == "cuda"  # where compile() changes nothing
+    names = [name for name in ALL if name != "compile()" or not gpu]
+    ours = [] if gpu else jobs(device, many, OURS, seconds=seconds)
+    return (
+        jobs(device, chosen, EAGER, seconds=seconds),
+        ours + jobs(device, few, names, seconds=seconds),
+        jobs(device, many, names, seconds=seconds),
+    )
+
+
+def curve(device: torch.device, powers: Iterable[int], seconds: float) -> list[run.Job]:
+    """Of one parameter: its size decides, not the heap, and one process measures all sizes."""
+    names = EAGER[:3] if device.type == "cuda" else OURS
+    sizes = [2**power for power in powers]
+    return [
+        run.Job(
+            "curve",
+            rule,
+            partial(records, [(f"1 x {n}", Workload(rule, [(n,)], device)) for n in sizes],
+                    names, seconds),
+            seconds=120,
+        )
+        for rule in RULES
+    ]  # fmt: skip
+
+
+def plan(device: torch.device, quick: bool) -> list[run.Job]:
+    first, later, last = stages(device, QUICK if quick else CHOSEN)
+    return first + later + last
+
+
+if __name__ == "__main__":
+    sys.exit(run.command(plan, seconds=600))

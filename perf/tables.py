@@ -1,35 +1,77 @@
-"""Results as tables of perf/README.md, and the short one of the README."""
+"""Results as tables of perf/README.md, and the short one of the README.
+
+A record of what is not measured any more is left out; where there are several, the last one counts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+from perf.implementations import IMPLEMENTATIONS, RULES
+
+Record = dict[str, Any]
 Results = dict[str, Any]
-GONE = ("torch.compile(step)",)  # no more an entrance, but measured once
+KEY = ("optimizer", "workload", "tensors", "implementation", "dtype", "block", "threads")
 OURS = ("tritonopt", "compile()", "tritonopt, replayed")  # whose part of the floor is shown
-
-
-def grid(
-    head: Sequence[str], rows: list[list[str]], records: list[dict[str, Any]], text: int = 1
-) -> str:
-    """A table of which the first columns are text, the others figures; and what is missing."""
-    rule = ["---"] * text + ["---:"] * (len(head) - text)
-    lines = ["| " + " | ".join(row) + " |" for row in (head, rule, *rows)] if rows else []
-    return "\n\n".join(filter(None, ["\n".join(lines), _reasons(records)]))
+SHORT = ("1000 x 64", "ResNet-50", "GPT-2 124M", "LSTM")
+SHORT_NAMES = ("for-loop", "foreach", "compiled", "tritonopt", "compile()")
 
 
 def figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def known(results: Results, part: str) -> list[Record]:
+    return [
+        record for record in results.get(part, [])
+        if "job" in record or record.get("implementation", OURS[0]) in IMPLEMENTATIONS
+    ]  # fmt: skip
+
+
+def measured(results: Results, part: str) -> list[Record]:
+    records = [record for record in known(results, part) if "missing" not in record]
+    return list({tuple(record.get(key) for key in KEY): record for record in records}.values())
+
+
+def unique(records: list[Record], *keys: str) -> list[Any]:
+    """The values of one key, or tuples of those of some, in the order of the records."""
+    found = dict.fromkeys(tuple(record[key] for key in keys) for record in records)
+    return [values[0] if len(keys) == 1 else values for values in found]
+
+
+def implementations(records: list[Record]) -> list[str]:
+    found = {record["implementation"] for record in records}
+    return [name for name in IMPLEMENTATIONS if name in found]
+
+
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]], text: int = 1) -> str:
+    """A table of which the first columns are text, the others figures."""
+    rule = ["---"] * text + ["---:"] * (len(head) - text)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows)) if rows else ""
+
+
+def reasons(results: Results, part: str) -> str:
+    """Why figures are missing."""
+    found: dict[str, dict[str, None]] = {}
+    for record in known(results, part):
+        if "missing" in record:
+            what = record.get("job") or record.get("implementation", "")
+            found.setdefault(record["missing"], {})[what] = None
+    texts = []
+    for why, names in found.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        texts.append(f"Not measured: {'; '.join(list(names)[:3])}{more}: {why}.")
+    return "\n".join(texts)
+
+
 def machine(results: Results, with_bandwidth: bool = True) -> str:
     found = results["machine"]
     texts = [found["device"]]
     texts += [f"driver {found['driver_version']}"] if "driver_version" in found else []
-    timed = [r for part in ("steps", "curve", "counts") for r in results.get(part, [])]
-    rates = [r["bandwidth_bytes_per_s"] for r in timed if _is_measured(r)]
+    timed = [record for part in ("steps", "curve") for record in measured(results, part)]
+    rates = [record["bandwidth_bytes_per_s"] for record in timed]
     if rates and with_bandwidth:
         kind = "device copy" if "cuda" in found else "in-place triad"
         ends = dict.fromkeys(f"{rate / 1e9:,.1f}" for rate in (min(rates), max(rates)))
@@ -40,188 +82,143 @@ def machine(results: Results, with_bandwidth: bool = True) -> str:
     return ", ".join(texts) + "."
 
 
-def _names(records: list[dict[str, Any]]) -> list[str]:
-    """Of the implementations that were measured at all."""
-    return list(dict.fromkeys(r["implementation"] for r in records if _is_measured(r)))
-
-
-def _is_measured(record: dict[str, Any]) -> bool:
-    return "missing" not in record
-
-
-def steps(results: Results, clock: str = "wall_us", part: str = "steps") -> str:
-    """Times in ms: medians, ours with their spread; how much faster, and how near to the floor."""
-    records = [r for r in results[part] if "job" not in r]
-    tables = []
-    for optimizer in dict.fromkeys(r["optimizer"] for r in records):
-        some = [r for r in records if r["optimizer"] == optimizer]
-        names = _names(some)
-        ours = [name for name in OURS if name in names]
-        of_floor = ours if clock != "host_us" else []
-        head = [optimizer, *names, "times the better stock"]
-        head += [f"{name}: of the floor" for name in of_floor]
-        rows = []
-        for workload in dict.fromkeys(r["workload"] for r in some):
-            by_name = {
-                r["implementation"]: r
-                for r in some
-                if r["workload"] == workload and _is_measured(r)
-            }
-            stock = [by_name[n][clock]["median"] for n in ("for-loop", "foreach") if n in by_name]
-            faster = "-"
-            if stock and "tritonopt" in by_name:
-                faster = figure(min(stock) / by_name["tritonopt"][clock]["median"])
-            cells = [_time(by_name.get(name), clock, name in ours) for name in names]
-            floors = [_floor(by_name.get(name)) for name in of_floor]
-            rows.append([workload, *cells, faster, *floors])
-        tables.append(grid(head, rows, []))
-    return "\n\n".join(filter(None, [*tables, _reasons(results[part])]))
-
-
-SHORT = (
-    ("1000 x 64", "ResNet-50", "GPT-2 124M", "LSTM"),
-    ("for-loop", "foreach", "compiled", "tritonopt", "compile()"),
-)
-
-
-def summary(results: Results) -> str:
-    """Medians of few steps, and where they were measured."""
-    workloads, names = SHORT
-    by_key = {
-        (r["optimizer"], r["workload"], r["implementation"]): r
-        for r in filter(_is_measured, results["steps"])
-    }
-    rows = [
-        [f"{optimizer}, {workload}",
-         *(_time(by_key.get((optimizer, workload, name)), "wall_us", False) for name in names)]
-        for optimizer in ("RMSprop", "Rprop")
-        for workload in workloads
-    ]  # fmt: skip
-    return f"{grid(['ms per step', *names], rows, [])}\n\n{machine(results, with_bandwidth=False)}"
-
-
-def _floor(record: dict[str, Any] | None) -> str:
-    return "-" if record is None else f"{record['fraction_of_floor']:.0%}"
-
-
-def _time(record: dict[str, Any] | None, clock: str, spread: bool) -> str:
+def _milliseconds(record: Record | None, clock: str, spread: bool = False) -> str:
     if record is None:
         return "-"
     low, middle, high = (figure(record[clock][key] / 1e3) for key in ("p10", "median", "p90"))
     return f"{middle} ({low} to {high})" if spread else middle
 
 
-def _reasons(records: list[dict[str, Any]]) -> str:
-    """Why figures are missing."""
-    found: dict[str, list[str]] = {}
-    for record in records:
-        if not _is_measured(record):
-            what = record.get("job") or record.get("implementation", "")
-            found.setdefault(record["missing"], []).append(what)
+def steps(results: Results, clock: str = "wall_us", part: str = "steps") -> str:
+    """Medians, ours with their spread; how much faster, and how near to the floor."""
     texts = []
-    for why, what in found.items():
-        names = list(dict.fromkeys(what))
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        texts.append(f"Not measured: {'; '.join(names[:3])}{more}: {why}.")
-    return "\n".join(texts)
+    records = measured(results, part)
+    for optimizer in unique(records, "optimizer"):
+        some = [record for record in records if record["optimizer"] == optimizer]
+        names = implementations(some)
+        floors = [name for name in OURS if name in names and clock != "host_us"]
+        head = [optimizer, *names, "times the better stock"]
+        head += [f"{name}: of the floor" for name in floors]
+        rows = []
+        for workload in unique(some, "workload"):
+            of = {r["implementation"]: r for r in some if r["workload"] == workload}
+            row = [workload, *(_milliseconds(of.get(n), clock, n in OURS) for n in names)]
+            stock = [of[name][clock]["median"] for name in ("for-loop", "foreach") if name in of]
+            is_compared = stock and "tritonopt" in of
+            row += [figure(min(stock) / of["tritonopt"][clock]["median"]) if is_compared else "-"]
+            row += [f"{of[n]['fraction_of_floor']:.0%}" if n in of else "-" for n in floors]
+            rows.append(row)
+        texts.append(grid(head, rows))
+    return "\n\n".join(texts)
+
+
+def summary(results: Results) -> str:
+    """Medians of few steps, and where they were measured."""
+    records = measured(results, "steps")
+    of = {(r["optimizer"], r["workload"], r["implementation"]): r for r in records}
+    rows = []
+    for optimizer in RULES:
+        for workload in SHORT:
+            found = [of.get((optimizer, workload, name)) for name in SHORT_NAMES]
+            if any(found):
+                cells = [_milliseconds(record, "wall_us") for record in found]
+                rows.append([f"{optimizer}, {workload}", *cells])
+    return f"{grid(['ms per step', *SHORT_NAMES], rows)}\n\n{machine(results, False)}"
 
 
 def memory(results: Results) -> str:
     """Bytes per element of state, and of what a step needs; KiB of what else is kept."""
-    records = list(filter(_is_measured, results["memory"]))
-    names = _names(records)
-    rows: dict[tuple[str, str], list[str]] = {}
-    for record in records:
-        state, peak = (record[f"{kind}_bytes"] / record["elements"] for kind in ("state", "peak"))
-        row = rows.setdefault((record["optimizer"], record["workload"]), ["-"] * len(names))
-        cell = f"{state:.1f} + {peak:.1f}, {record['kept_bytes'] / 1024:,.0f} KiB"
-        row[names.index(record["implementation"])] = cell
-    body = [[*key, *row] for key, row in rows.items()]
-    return grid(["optimizer", "workload", *names], body, results["memory"], text=2)
+    records = measured(results, "memory")
+    cells = {}
+    for r in records:
+        state, peak = (r[f"{kind}_bytes"] / r["elements"] for kind in ("state", "peak"))
+        cell = f"{state:.1f} + {peak:.1f}, {r['kept_bytes'] / 1024:,.0f} KiB"
+        cells[r["optimizer"], r["workload"], r["implementation"]] = cell
+    names = implementations(records)
+    keys = unique(records, "optimizer", "workload")
+    rows = [[*key, *(cells.get((*key, name), "-") for name in names)] for key in keys]
+    return grid(["optimizer", "workload", *names], rows, text=2)
 
 
 def host(results: Results) -> str:
     rows = [
         [r["optimizer"], f"{r['us_of_1']:.0f}", f"{r['us_of_1000']:.0f}",
          f"{r['us_per_further_parameter']:.2f}", f"{r['us_of_1000_after_backward']:.0f}"]
-        for r in filter(_is_measured, results["host"])
+        for r in measured(results, "host")
     ]  # fmt: skip
     head = ["", "us, 1 parameter", "us, 1000 parameters", "us per further parameter"]
-    head += ["us, 1000 parameters, a backward before every step"]
-    return grid(head, rows, results["host"])
+    return grid([*head, "us, 1000 parameters, a backward before every step"], rows)
 
 
 def compile_time(results: Results) -> str:
     """Seconds to the first step, and graphs over all steps."""
-    records = [r for r in results["compile"] if r.get("implementation") not in GONE]
-    names = list(dict.fromkeys(r["optimizer"] for r in records if "job" not in r))
-    rows: dict[tuple[str, int], list[str]] = {}
-    for record in records:
-        if "job" not in record:
-            key = record["implementation"], record["tensors"]
-            cell = record.get("missing") or f"{record['first_step_s']:.1f} s, {record['graphs']}"
-            rows.setdefault(key, ["-"] * len(names))[names.index(record["optimizer"])] = cell
-    body = [[name, f"{count:,}", *cells] for (name, count), cells in sorted(rows.items())]
-    return grid(["", "parameters", *names], body, [r for r in records if "job" in r])
-
-
-def variants(results: Results) -> str:
+    records = measured(results, "compile")
+    optimizers = unique(records, "optimizer")
+    cells = {
+        (r["implementation"], r["tensors"], r["optimizer"]):
+        f"{r['first_step_s']:.1f} s, {r['graphs']}" for r in records
+    }  # fmt: skip
     rows = [
-        [f'`"{r["variant"]}"`', *(f"{r[key]:.2e}" for key in ("median", "least", "greatest"))]
-        for r in filter(_is_measured, results["variants"])
+        [name, f"{count:,}", *(cells.get((name, count, one), "-") for one in optimizers)]
+        for name, count in sorted(unique(records, "implementation", "tensors"))
     ]
-    return grid(["`variant`", "loss: median", "least", "greatest"], rows, results["variants"])
+    return grid(["", "parameters", *optimizers], rows)
 
 
 def tune(results: Results) -> str:
     """The fastest grid of each kernel, dtype and workload, beside the library's."""
-    records = list(filter(_is_measured, results["tune"]))
+    records = measured(results, "tune")
     rows = []
-    for key in dict.fromkeys((r["workload"], r["optimizer"], r["dtype"]) for r in records):
+    for key in unique(records, "workload", "optimizer", "dtype"):
         same = [r for r in records if (r["workload"], r["optimizer"], r["dtype"]) == key]
-        rates = {_tiling(r): r["least_bytes"] / taken(r) / 1e3 for r in same}
-        best = max(rates, key=lambda tiling: rates[tiling])
-        ours = [figure(rates[_tiling(r)]) for r in same if r["is_ours"]] or ["-"]
-        rows.append([*key, f"{best[0]} / {best[1]}", figure(rates[best]), *ours])
+        best = max(same, key=rate)
+        ours = [figure(rate(record)) for record in same if record["is_ours"]] or ["-"]
+        rows.append([*key, f"{best['block']} / {best['threads']}", figure(rate(best)), *ours])
     head = ["workload", "optimizer", "dtype", "block / threads", "GB/s", "the library's: GB/s"]
-    return grid(head, rows, results["tune"], text=3)
+    return grid(head, rows, text=3)
 
 
-def _tiling(record: dict[str, Any]) -> tuple[int, int]:
-    return record["block"], record["threads"]
+def rate(record: Record) -> float:
+    """GB/s of the least bytes."""
+    taken = (record["device_us"] or record["wall_us"])["median"]
+    return float(record["least_bytes"] / taken / 1e3)
 
 
-def taken(record: dict[str, Any]) -> float:
-    return float((record["device_us"] or record["wall_us"])["median"])
+class Table(NamedTuple):
+    part: str
+    title: str
+    text: Callable[[Results], str]
 
 
-TABLES: dict[str, tuple[str, Callable[[Results], str]]] = {
-    "machine": ("", machine),
-    "steps": ("Milliseconds until the device has done a step", steps),
-    "device_steps": ("Milliseconds of the kernels alone", partial(steps, clock="device_us")),
-    "host_steps": ("Milliseconds until `step()` returns", partial(steps, clock="host_us")),
-    "curve": ("Milliseconds of a step over one parameter", partial(steps, part="curve")),
-    "counts": ("Milliseconds of a step over parameters of 64 elements",
-               partial(steps, part="counts")),
-    "memory": ("Bytes per element: of state, and of what a step needs; and what else is kept",
-               memory),
-    "host": ("What the host does, the launch left out", host),
-    "compile": ("Seconds to the first step, and graphs in 50 steps", compile_time),
-    "variants": ("The loss after 100 epochs", variants),
-    "tune": ("The fastest grids, beside the library's", tune),
-    "summary": ("", summary),
+TABLES = {
+    "machine": Table("machine", "", machine),
+    "steps": Table("steps", "Milliseconds until the device has done a step", steps),
+    "device_steps": Table("steps", "Milliseconds of the kernels alone",
+                          partial(steps, clock="device_us")),
+    "host_steps": Table("steps", "Milliseconds until `step()` returns",
+                        partial(steps, clock="host_us")),
+    "curve": Table("curve", "Milliseconds of a step over one parameter",
+                   partial(steps, part="curve")),
+    "memory": Table("memory", "Bytes per element: of state, and of what a step needs; and what"
+                    " else is kept", memory),
+    "host": Table("host", "What the host does, the launch left out", host),
+    "compile": Table("compile", "Seconds to the first step, and graphs in 50 steps", compile_time),
+    "tune": Table("tune", "The fastest grids, beside the library's", tune),
+    "summary": Table("steps", "", summary),
 }  # fmt: skip
 
 
 def table(results: Results, name: str) -> str:
-    """Of a part; empty where there are no figures for it."""
-    timed = name == "summary" or (name.endswith("_steps") and "cuda" in results["machine"])
-    known = name in results or (timed and "steps" in results)
-    return TABLES[name][1](results) if known else ""
+    """Of a part, and what is missing; empty where nothing is known of it."""
+    part, _, text = TABLES[name]
+    if part not in results or (name.endswith("_steps") and "cuda" not in results["machine"]):
+        return ""
+    missing = reasons(results, part) if name == part != "machine" else ""
+    return "\n\n".join(filter(None, [text(results), missing]))
 
 
 def tables(results: Results) -> Iterator[str]:
     """All that there are figures for, with titles."""
-    for name, (title, _) in TABLES.items():
+    for name, (_, title, _) in TABLES.items():
         if name != "summary" and (found := table(results, name)):
             yield from filter(None, [title and f"{title}:", found])

@@ -14,9 +14,9 @@ from unittest.mock import patch
 import torch
 
 from perf import run
-from perf.implementations import IMPLEMENTATIONS, Missing, Step, Workload, reason
+from perf.implementations import IMPLEMENTATIONS, RULES, Missing, Step, Workload, reason
 from perf.timing import interleaved
-from perf.workloads import WORKLOADS, Shape
+from perf.workloads import WORKLOADS
 from tritonopt.device import INTERPRET
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
@@ -27,7 +27,8 @@ TILINGS = [
     for threads in (64, 128, 256, 512)
     if 4 <= block // threads <= 32
 ]
-CHOSEN = ("1 x 64M", "ResNet-50")
+LABEL = "1 x 64M"
+SHAPES = WORKLOADS[LABEL]
 
 
 def tiled(workload: Workload, block: int, threads: int) -> Step:
@@ -45,46 +46,41 @@ def tiled(workload: Workload, block: int, threads: int) -> Step:
 
 
 def records(
-    label: str, dtype: str, workload: Workload, tilings: list[tuple[int, int]], seconds: float
+    dtype: str, workload: Workload, tilings: list[tuple[int, int]], seconds: float
 ) -> Iterator[dict[str, Any]]:
     if workload.device.type == "cpu" and not INTERPRET:
         raise Missing(f"no kernels run on {workload.device}")
-    common = {"optimizer": workload.configuration, "workload": label, "dtype": dtype,
-              "least_bytes": workload.least_bytes}  # fmt: skip
     from tritonopt.kernels import launch
 
-    ours = (launch.BLOCK, launch.THREADS)
-    steps = {}
+    steps, missing = {}, {}
     for tiling in tilings:
         try:
             steps[str(tiling)] = tiled(workload, *tiling)
         except Exception as error:  # out of registers or of memory
-            yield {**common, "block": tiling[0], "threads": tiling[1], "missing": reason(error)}
+            missing[str(tiling)] = reason(error)
     times = interleaved(steps, workload.device, seconds)
-    for block, threads in tilings:
-        if str((block, threads)) in times:
-            summary = times[str((block, threads))].summary()
-            is_ours = (block, threads) == ours
-            yield {**common, "block": block, "threads": threads, "is_ours": is_ours, **summary}
+    for tiling in tilings:
+        name = str(tiling)
+        found = {"missing": missing[name]} if name in missing else times[name].summary()
+        yield {
+            "optimizer": workload.configuration, "workload": LABEL, "dtype": dtype,
+            "least_bytes": workload.least_bytes, "block": tiling[0], "threads": tiling[1],
+            "is_ours": tiling == (launch.BLOCK, launch.THREADS), **found,
+        }  # fmt: skip
 
 
-def jobs(
-    device: torch.device,
-    quick: bool,
-    workloads: dict[str, list[Shape]] = WORKLOADS,
-    seconds: float = 0.5,
-) -> run.Jobs:
+def plan(device: torch.device, quick: bool) -> list[run.Job]:
     tilings = [(1024, 128), (2048, 256)] if quick else TILINGS
-    return {
-        f"{configuration}, {dtype}, {label}": partial(
-            records, label, dtype, Workload(configuration, workloads[label], device, kind),
-            tilings, seconds,
+    return [
+        run.Job(
+            "tune",
+            f"{configuration}, {dtype}",
+            partial(records, dtype, Workload(configuration, SHAPES, device, kind), tilings, 0.5),
         )
         for dtype, kind in DTYPES.items()
-        for configuration in ("RMSprop", "Rprop")
-        for label in CHOSEN
-    }  # fmt: skip
+        for configuration in RULES
+    ]
 
 
 if __name__ == "__main__":
-    sys.exit(run.script("tune", jobs))
+    sys.exit(run.command(plan, seconds=400))

@@ -21,16 +21,6 @@ def _lstm(inputs: int, hidden: int) -> list[Shape]:
     return [(4 * hidden, inputs), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,)]
 
 
-def _inverted_residual(
-    inputs: int, kernel: int, wide: int, outputs: int, squeezed: int
-) -> list[Shape]:
-    shapes = _conv_norm(inputs, wide) if wide != inputs else []
-    shapes += _conv_norm(1, wide, kernel)  # depthwise
-    if squeezed:
-        shapes += _conv(wide, squeezed, 1) + _conv(squeezed, wide, 1)
-    return shapes + _conv_norm(wide, outputs)
-
-
 def resnet50() -> list[Shape]:
     """He et al. 2015."""
     shapes, inputs = _conv_norm(3, 64, 7), 64
@@ -44,20 +34,6 @@ def resnet50() -> list[Shape]:
     return shapes + _linear(2048, 1000)
 
 
-def efficientnet_b0() -> list[Shape]:
-    """Tan & Le 2019."""
-    shapes, inputs = _conv_norm(3, 32, 3), 32
-    stages = (
-        (1, 3, 16, 1), (6, 3, 24, 2), (6, 5, 40, 2), (6, 3, 80, 3),
-        (6, 5, 112, 3), (6, 5, 192, 4), (6, 3, 320, 1),
-    )  # fmt: skip
-    for factor, kernel, outputs, blocks in stages:
-        for _ in range(blocks):
-            shapes += _inverted_residual(inputs, kernel, factor * inputs, outputs, inputs // 4)
-            inputs = outputs
-    return shapes + _conv_norm(320, 1280) + _linear(1280, 1000)
-
-
 def mobilenet_v3_large() -> list[Shape]:
     """Howard et al. 2019."""
     shapes, inputs = _conv_norm(3, 16, 3), 16
@@ -69,7 +45,11 @@ def mobilenet_v3_large() -> list[Shape]:
         (5, 672, 160, 168), (5, 960, 160, 240), (5, 960, 160, 240),
     )  # fmt: skip
     for kernel, wide, outputs, squeezed in blocks:
-        shapes += _inverted_residual(inputs, kernel, wide, outputs, squeezed)
+        shapes += _conv_norm(inputs, wide) if wide != inputs else []
+        shapes += _conv_norm(1, wide, kernel)  # depthwise
+        if squeezed:
+            shapes += _conv(wide, squeezed, 1) + _conv(squeezed, wide, 1)
+        shapes += _conv_norm(wide, outputs)
         inputs = outputs
     return shapes + _conv_norm(160, 960) + _linear(960, 1280) + _linear(1280, 1000)
 
@@ -88,41 +68,21 @@ def lstm() -> list[Shape]:
     return [(10_000, 650), *_lstm(650, 650), *_lstm(650, 650), *_linear(650, 10_000)]
 
 
-def impala() -> list[Shape]:
-    """Espeholt et al. 2018, the deep one: 72 x 96 pixels, instructions, 9 actions."""
-    shapes, inputs = [], 3
-    for width in (16, 32, 32):
-        shapes += _conv(inputs, width, 3) + 4 * _conv(width, width, 3)
-        inputs = width
-    shapes += _linear(32 * 9 * 12, 256) + [(1000, 20), *_lstm(20, 64)]
-    return shapes + _lstm(256 + 64 + 9 + 1, 256) + _linear(256, 9) + _linear(256, 1)
-
-
 def dqn() -> list[Shape]:
     """Mnih et al. 2015, all 18 actions."""
     convolutions = _conv(4, 32, 8) + _conv(32, 64, 4) + _conv(64, 64, 3)
     return convolutions + _linear(64 * 7 * 7, 512) + _linear(512, 18)
 
 
-def pinn() -> list[Shape]:
-    """Raissi et al. 2019, for Burgers' equation."""
-    return _linear(2, 20) + 7 * _linear(20, 20) + _linear(20, 1)
-
-
 WORKLOADS: dict[str, list[Shape]] = {
+    "1 x 8M": [(2**23,)],
     "1 x 64M": [(2**26,)],
+    "1 x 256M": [(2**28,)],
     "1000 x 64": [(64,)] * 1000,
+    "10000 x 16": [(16,)] * 10_000,
     "ResNet-50": resnet50(),
-    "EfficientNet-B0": efficientnet_b0(),
     "MobileNetV3-Large": mobilenet_v3_large(),
     "GPT-2 124M": gpt2(),
     "LSTM": lstm(),
-    "IMPALA": impala(),
     "DQN": dqn(),
-    "PINN": pinn(),
-    "10000 x 16": [(16,)] * 10_000,
 }
-QUICK = ("DQN", "PINN", "1000 x 64")
-SIZES = [2**power for power in range(10, 29)]
-CURVE: dict[str, list[Shape]] = {f"1 x {size}": [(size,)] for size in SIZES}
-COUNTS = (1, 10, 100, 1000, 10_000)

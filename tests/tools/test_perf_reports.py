@@ -1,43 +1,26 @@
 """perf: the READMEs and tables say what was found, and nothing else."""
 
-import importlib.util
 import json
 import shutil
 import sys
 import types
 from pathlib import Path
 
-import pytest
-import torch
-
 ROOT = Path(__file__).parents[2]
 perf = sys.modules.setdefault("perf", types.ModuleType("perf"))
 perf.__path__ = [str(ROOT / "perf")]  # ROOT in sys.path would hide Hugging Face's `kernels`
 
-from perf import (
-    plan,
-    plots,
-    report,
-    run,
-    tables,
-)
-
-CPU = torch.device("cpu")
-EAGER = ("for-loop", "foreach", "tritonopt")
+from perf import cpu, report, run, tables
 
 
-def test_a_folder_that_is_a_file(tmp_path, capsys):
-    (tmp_path / "file").touch()
-    with pytest.raises(SystemExit):
-        options(False, "--out", str(tmp_path / "file"))
-    assert "is no folder" in capsys.readouterr().err
+def measure(*arguments):
+    return run.command(cpu.plan, 0, "cpu", arguments)
 
 
 def test_quick_results_do_not_replace_others(tmp_path, capsys):
     file = tmp_path / "cpu.json"
     file.write_text(json.dumps({"machine": {}, "quick": False, "host": []}))
-    given = options(False, "--quick", "--only", "host", "--out", str(tmp_path))
-    assert plan.main(CPU, False, given) == 2
+    assert measure("--quick", "--only", "host", "--out", str(tmp_path)) == 2
     assert "more than --quick measures" in capsys.readouterr().out
 
 
@@ -45,29 +28,9 @@ def test_results_of_another_run_are_not_lost(tmp_path, capsys):
     file = tmp_path / "cpu.json"
     file.write_text(json.dumps({"machine": {}, "quick": True, "host": [], "memory": []}))
     before = file.read_text()
-    given = plan.parser(None, False).parse_args(["--only", "host", "--out", str(tmp_path)])
-    assert plan.main(CPU, False, given) == 2
-    assert "has memory, too, of another run" in capsys.readouterr().out
+    assert measure("--only", "host", "--out", str(tmp_path)) == 2
+    assert "has memory: name another folder" in capsys.readouterr().out
     assert file.read_text() == before
-
-
-def empty(root):
-    for file in (root / "README.md", root / "perf" / "README.md"):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("<!-- perf:cpu host -->\n<!-- /perf -->")
-
-
-def test_a_report_without_matplotlib(monkeypatch, tmp_path, capsys):
-    shutil.copytree(ROOT / "perf" / "results", tmp_path / "perf" / "results")
-    empty(tmp_path)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert report.main([], tmp_path) == 2
-    assert "matplotlib" in capsys.readouterr().out
-    assert "| Rprop |" not in (tmp_path / "README.md").read_text()
-
-
-def options(gpu, *arguments):
-    return plan.parser(None, gpu).parse_args([*arguments, "--implementations", *EAGER])
 
 
 def test_the_readme_says_what_was_measured():
@@ -80,7 +43,7 @@ def test_other_figures_are_noticed(tmp_path, monkeypatch):
     for name in names:
         shutil.copy(ROOT / name, tmp_path / name)
     drawn = []
-    monkeypatch.setattr(plots, "draw", lambda stem, *_: drawn.append(stem))
+    monkeypatch.setattr(report, "draw", lambda file: drawn.append(file.stem))
     assert report.main(["--check"], tmp_path) == 0
     file = tmp_path / "perf" / "results" / "cpu.json"
     results = json.loads(file.read_text())
@@ -94,31 +57,54 @@ def test_other_figures_are_noticed(tmp_path, monkeypatch):
     assert report.main(["--check"], tmp_path) == 1
 
 
-def test_results_that_are_none(tmp_path, capsys):
-    folder = tmp_path / "perf" / "results"
-    folder.mkdir(parents=True)
-    empty(tmp_path)
-    (folder / "cpu.json").write_text("{")
-    assert report.main(["--check"], tmp_path) == 2
-    assert "cpu.json holds no results" in capsys.readouterr().out
-    (folder / "cpu.json").write_text('{"machine": {}, "quick": false}')
-    for part in ("host", "summary"):
-        text = f"<!-- perf:cpu {part} -->\n<!-- /perf -->"
-        assert "\nNot measured.\n" in report.fill(text, folder)
+def test_no_results(tmp_path):
+    for found in (None, {"machine": {}, "quick": False}):
+        if found:
+            (tmp_path / "cpu.json").write_text(json.dumps(found))
+        for part in ("host", "summary", "plots"):
+            text = f"<!-- perf:cpu {part} -->\n<!-- /perf -->"
+            assert "\nNot measured.\n" in report.fill(text, tmp_path)
 
 
 def test_what_is_missing_is_neither_drawn_nor_tabulated(tmp_path):
     late = {"job": "Rprop, foreach, 50", "missing": "no time was left"}
     found = {"optimizer": "RMSprop", "implementation": "foreach", "tensors": 50,
              "first_step_s": 1.5, "graphs": 2}  # fmt: skip
-    results = {"machine": {}, "compile": [found, late], "host": [late]}
-    plots.draw("some", results, tmp_path)
-    assert (tmp_path / "some-compile.png").exists()
+    results = {"machine": {}, "compile": [found, late], "host": [late], "curve": [late]}
+    file = tmp_path / "some.json"
+    file.write_text(json.dumps(results))
+    report.draw(file)
+    assert list(tmp_path.iterdir()) == [file] and not list(report.block(file, "plots"))
     table = tables.table(results, "compile").splitlines()
-    assert not run.is_measured({"host": [late]}) and run.is_measured(results)
+    assert not tables.measured(results, "host") and tables.measured(results, "compile")
     assert table[2] == "| foreach | 50 | 1.5 s, 2 |"
     assert table[-1] == "Not measured: Rprop, foreach, 50: no time was left."
     assert tables.table(results, "host") == table[-1]
+
+
+def test_plots_are_drawn(tmp_path):
+    step = {"optimizer": "Rprop", "elements": 10, "least_bytes": 280, "device_us": None,
+            "wall_us": {"median": 2.0}, "bandwidth_bytes_per_s": 1e10}  # fmt: skip
+    records = [{**step, "implementation": name} for name in ("tritonopt", "abandoned")]
+    file = tmp_path / "some.json"
+    file.write_text(json.dumps({"curve": records}))
+    report.draw(file)
+    (text,) = report.block(file, "plots")
+    for name in ("some-roofline", "some-size"):
+        assert f"![{name}](results/{name}.png)" in text and (tmp_path / f"{name}.png").exists()
+
+
+def test_what_is_not_known_is_left_out_and_the_last_record_counts():
+    found = {"optimizer": "Rprop", "tensors": 50, "first_step_s": 1.0, "graphs": 1}
+    records = [
+        {**found, "implementation": "abandoned"},
+        {**found, "implementation": "abandoned", "missing": "no longer there"},
+        {**found, "implementation": "backend"},
+        {**found, "implementation": "backend", "first_step_s": 2.0},
+    ]
+    results = {"machine": {}, "compile": records, "abandoned": [{"of another": "kind"}]}
+    table = tables.table(results, "compile").splitlines()
+    assert table[2:] == ["| backend | 50 | 2.0 s, 1 |"]
 
 
 def test_every_file_of_results_is_shown(tmp_path):
@@ -139,4 +125,4 @@ def test_every_file_of_results_is_shown(tmp_path):
     assert made.count("| one | 2 (1 to 3) | - |\n") == 1  # of the host, no floor
     assert report.fill(made, tmp_path) == made
     short = report.fill("<!-- perf:gpu summary -->\n<!-- /perf -->", tmp_path)
-    assert "| RMSprop, LSTM | - | - | - | - | - |" in short and "Some GPU, 1 threads" in short
+    assert "LSTM" not in short and "Some GPU, 1 threads" in short
