@@ -99,9 +99,10 @@ class Group:
         self._native_entries = [state[param] for param in self.native]
         if self.native:
             self._values = [*chain.from_iterable(map(dict.values, self._native_entries)), *_END]
-            self._lists = self._gather()
+            lists = self._gather()
             with torch.inference_mode(False):
-                self.plan = Plan(self.rule, self._lists, self.optimizer._sweep)
+                self.plan = Plan(self.rule, lists, self.optimizer._sweep)
+            self._lists = lists._replace(grads=())  # no gradient is kept
         self.params = params
 
     def _keys(self) -> set[str]:
@@ -152,14 +153,12 @@ class Group:
             values = chain.from_iterable(map(dict.values, self._native_entries))
             if not all(map(is_, chain(values, _END), self._values)):
                 raise Stale
-            if self.sharded:
-                self._lists = self._gather()
-            else:
-                self._lists = self._lists._replace(grads=self._grads())
-            grads = self.plan.gradients(self._lists)
+            sharded = self._gather() if self.sharded else None
+            lists = sharded or self._lists._replace(grads=self._grads())
+            grads = self.plan.gradients(lists)
             if grads is None and not self.fallback and not is_capturing(self.native[0].device):
-                self.plan = self.plan.moved(self._lists) or self.plan
-                grads = self.plan.gradients(self._lists)
+                self.plan = self.plan.moved(lists) or self.plan
+                grads = self.plan.gradients(lists)
         except (TypeError, RuntimeError) as error:
             raise Stale from error  # of state that has no memory
         if grads is None:

@@ -87,6 +87,18 @@ def test_a_spawned_process(name):
     follow(ours, theirs, [param], copies)
 
 
+def test_no_gradient_is_kept(name):
+    params = parameters([(5,)] * 3)
+    ours = OURS[name](params, lr=0.1, max_grad_norm=1.0)
+    for _ in range(2):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        ours.step()
+    kept = [weakref.ref(param.grad) for param in params]
+    ours.zero_grad()
+    assert not any(gradient() is not None for gradient in kept)
+
+
 # Groups and moves do not make work.
 
 
