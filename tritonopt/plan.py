@@ -21,7 +21,7 @@ from tritonopt.eligible import belongs, same_layout
 from tritonopt.slab import is_dense
 from tritonopt.span import all_given, spans, stretches
 from tritonopt.sweep import Sweep
-from tritonopt.verify import Guards, addresses, chunks, geometry
+from tritonopt.verify import addresses, chunks, geometry, guard
 
 
 class Rule(NamedTuple):
@@ -76,8 +76,8 @@ class Plan:
         written, indices = lists.written(), range(len(lists.params))
         self.geometry = geometry(written)
         self.nbytes = [t.numel() * t.itemsize for t in written]
-        self.guards = [Guards(written[where]) for where in chunks(len(written))]
-        self.expected: Guards | None = None  # of gradients that need no look, one by one
+        self.guards = [guard(written[where]) for where in chunks(len(written))]
+        self.expects: Callable[..., bool] | None = None  # gradients that need no look, one by one
         pairs = zip(lists.params, lists.grads, strict=True)
         self.grad_dtypes = [p.dtype if g is None else g.dtype for p, g in pairs]
         self.apart = sorted({*apart, *(i for i in indices if not _is_in_order(lists, i))})
@@ -145,7 +145,7 @@ class Plan:
             return None
         if not self._has_geometry_of(written, self.addresses):
             return None
-        if self.expected is not None and self.expected.fit(grads):
+        if self.expects is not None and self.expects(*grads):
             return grads
         fitted: list[Tensor | None] = []
         for param, grad, dtype in zip(self.params, grads, self.grad_dtypes, strict=True):
@@ -155,19 +155,19 @@ class Plan:
                 if not same_layout(grad, param) or grad.is_neg() or grad._is_zerotensor():
                     grad = torch.empty_like(param, dtype=dtype).copy_(grad)
             fitted.append(grad)
-        if all(map(is_, fitted, grads)):
-            self.expected = Guards(fitted)
+        if all_given(grads) and all(map(is_, fitted, grads)):
+            self.expects = guard(grads)  # type: ignore[arg-type]
         return fitted
 
     def _has_geometry_of(self, written: Sequence[Tensor], at: Sequence[int] = ()) -> bool:
         """Whether the tensors are what they were, and lie `at` these addresses, if given."""
         if len(written) != len(self.geometry):
             return False
-        for where, guards in zip(chunks(len(written)), self.guards, strict=True):
+        for where, fits in zip(chunks(len(written)), self.guards, strict=True):
             tensors = written[where]
             if at and addresses(tensors) != at[where]:
                 return False
-            if not guards.fit(tensors) and geometry(tensors) != self.geometry[where]:
+            if not fits(*tensors) and geometry(tensors) != self.geometry[where]:
                 return False
         return True
 
