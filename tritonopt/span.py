@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, groupby, repeat
 from operator import is_not
 from typing import NamedTuple
@@ -81,7 +81,7 @@ def all_given(grads: Sequence[Tensor | None]) -> bool:
     return all(map(is_not, grads, repeat(None)))
 
 
-def stretches(indices: Sequence[int], keys: Sequence[object] | None) -> Iterable[Sequence[int]]:
+def stretches(indices: Sequence[int], keys: Sequence[object] | None) -> Sequence[Sequence[int]]:
     """Neighbours in a list of indices with the same key, without those whose key is None.
 
     `keys` None: they all have the same.

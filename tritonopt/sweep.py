@@ -28,7 +28,8 @@ GATHERED = 2**16
 
 SMALL, FEW = 2**12, 4
 """Elements up to which tensors that lie apart are gathered, if they are more than a few. At 2^14
-the copies cost as much as the operators (2 cores)."""
+the copies cost as much as the operators (2 cores). So are parts of a span, between which gradients
+are missing, if they have so few elements and tensors on average: with 5 both took as long."""
 
 SERIAL = 2**15 - 1
 """Elements up to which torch runs an operator, `cat` included, on the calling thread."""
@@ -110,19 +111,31 @@ class Sweep:
             self._in_pieces(flats, grad, factor, hyper)
 
         for span in self.spans:
-            for some in stretches(range(span.first, span.first + len(span)), keys):
-                update(some, span.part(some))
+            indices = range(span.first, span.first + len(span))
+            parts = stretches(indices, keys)
+            count = len(parts)
+            if count <= FEW or len(span) > FEW * count or span.offsets[-1] > SMALL * count:
+                for some in parts:
+                    update(some, span.part(some))
+            else:
+                self._gather(indices, keys, update)
         for batch in self.batches:
-            if keys is not None:
-                batch = [index for index in batch if keys[index] is not None]
-                batch.sort(key=keys.__getitem__)  # type: ignore[arg-type]
-            for some in stretches(batch, keys):
-                lists: Any = [c and [c[index] for index in some] for c in self.columns]
-                copies = [tensors and flatten(tensors) for tensors in lists]
-                update(some, copies)
-                for tensors, copy in zip(lists, copies, strict=True):
-                    if tensors is not None:
-                        torch._foreach_copy_(tensors, unflatten(copy, tensors))
+            self._gather(batch, keys, update)
+
+    def _gather(
+        self, indices: Sequence[int], keys: Sequence[Any] | None, update: Callable[..., None]
+    ) -> None:
+        """Updates copies side by side of tensors that lie apart, and copies them back."""
+        if keys is not None:
+            given = (index for index in indices if keys[index] is not None)
+            indices = sorted(given, key=keys.__getitem__)
+        for some in stretches(indices, keys):
+            columns: Any = [c and [c[index] for index in some] for c in self.columns]
+            copies = [column and flatten(column) for column in columns]
+            update(some, copies)
+            for column, copy in zip(columns, copies, strict=True):
+                if column is not None:
+                    torch._foreach_copy_(column, unflatten(copy, column))
 
     def _in_pieces(
         self, flats: list[Any], grad: Tensor, factor: Tensor | None, hyper: dict[str, Any]
