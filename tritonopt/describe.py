@@ -23,18 +23,18 @@ def table(groups: Sequence[Group], sweep_path: str, packed: bool) -> str:
     rows: list[tuple[str, ...]] = [HEAD]
     notes: list[str] = []
     for index, known in enumerate(groups):
-        totals: dict[tuple[str, ...], list[int]] = {}
+        totals: dict[tuple[str, ...], Counter[str]] = {}
         reasons: Counter[str] = Counter()
-        for kind, place, numel, nbytes, why in _members(known, sweep_path, packed):
-            total = totals.setdefault(kind, [0] * 5)
-            for column, number in ((place, 1), (3, numel), (4, nbytes)):
-                total[column] += number
+        for kind, column, numel, nbytes, why in _members(known, sweep_path, packed):
+            totals.setdefault(kind, Counter()).update(
+                {column: 1, "elements": numel, "bytes/step": nbytes}
+            )
             if why is not None:
-                reasons[f"{('', 'in place', 'left to torch')[place]}: {why}"] += 1
+                reasons[f"{column.replace('torch', 'left to torch')}: {why}"] += 1
         for kind, total in totals.items():
-            cells = [f"{number:,}" for number in total]
-            if total[2]:
-                cells[4] = "-"  # torch's functions are not looked into
+            cells = [f"{total[name]:,}" for name in HEAD[4:]]
+            if total["torch"]:
+                cells[-1] = "-"  # torch's functions are not looked into
             rows.append((str(index), *kind, *cells))
         notes += [f"group {index}: {count} {reason}" for reason, count in reasons.items()]
         waiting = len(known.waiting) - (0 if known.native else len(known.expected()))
@@ -53,9 +53,9 @@ def table(groups: Sequence[Group], sweep_path: str, packed: bool) -> str:
 
 def _members(
     known: Group, sweep_path: str, packed: bool
-) -> Iterator[tuple[tuple[str, ...], int, int, int, str | None]]:
-    """Of each parameter: device, dtype and path; 0 packed, 1 in place, 2 left to torch; elements;
-    bytes; and why it is not packed. What has no state yet will be in one launch with its like."""
+) -> Iterator[tuple[tuple[str, ...], str, int, int, str | None]]:
+    """Of each parameter: device, dtype and path; the column that counts it; elements; bytes; why it
+    is not packed. What has no state yet will be in one launch with its like."""
     expected = known.expected()
     native = [(p, p.itemsize * (3 + 2 * len(known.rule.used))) for p, why in expected if not why]
     parts = known.plan.parts if known.plan is not None else []
@@ -65,11 +65,11 @@ def _members(
         kind, name = path(device)
         names = str(device), _name(param), sweep_path if kind == "eager" else name
         why, numel = _why_in_place(param, packed), local(param).numel()
-        yield names, 0 if why is None else 1, numel, numel * per_element, why
+        yield names, "in place" if why else "packed", numel, numel * per_element, why
     for param, why in (*known.fallback, *expected):
         if why is not None:
             names = str(param.device), _name(param), "torch"
-            yield names, 2, 0 if is_lazy(param) else param.numel(), 0, why
+            yield names, "torch", 0 if is_lazy(param) else param.numel(), 0, why
 
 
 def _why_in_place(param: Tensor, packed: bool) -> str | None:
