@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tritonopt.eager import Scratch
 from tritonopt.slab import filled
-from tritonopt.span import Span, all_given, spans, stretches
+from tritonopt.span import all_given, spans, stretches
 
 PIECE = 2**19
 """Elements. 2^19 and 2^20 measured alike (2 cores, 32 MiB of L3), 2^17 a third slower."""
@@ -71,14 +71,17 @@ class Sweep:
         small = [index for index in apart if params[index].numel() <= SMALL]
         small = small if len(small) > FEW else []
         self.batches = list(filled(small, lambda index: params[index].numel(), SERIAL))
-        for index in sorted({*apart} - {*small}):
-            flats = [c and c[index].view(-1) for c in self.columns]
-            self.spans.append(Span(index, [0, params[index].numel()], flats))
+        self.alone = [(i, self._cut(i)) for i in sorted({*apart} - {*small})]
 
     def _piece(self, params: Sequence[Tensor]) -> int:
         """Elements of a piece."""
         asleep = len(params) >= MANY and sum(p.numel() for p in params) <= LITTLE
         return min(SERIAL, PIECE) if asleep else PIECE
+
+    def _cut(self, index: int) -> list[tuple[Any, ...]]:
+        """The pieces of a tensor and its state, in the order of `columns`."""
+        cut = [repeat(None) if c is None else _split(c[index], self.piece) for c in self.columns]
+        return list(zip(*cut, strict=False))
 
     def __call__(
         self,
@@ -104,26 +107,34 @@ class Sweep:
             pairs = zip(grads, steps or repeat(True), strict=False)
             keys = [None if grad is None else key for grad, key in pairs]
 
-        def update(some: Sequence[int], flats: list[Tensor | None]) -> None:
+        def update(some: Sequence[int], flats: Sequence[Any], grad: Tensor) -> None:
             if steps is not None:
                 hyper["step"] = steps[some[0]]
-            grad = flatten([grads[index] for index in some])  # type: ignore[misc]
-            self._in_pieces(flats, grad, factor, hyper)
+            self._update(flats, grad if factor is None else grad.to(self.dtype) * factor, hyper)
 
+        for index, rows in self.alone:
+            whole = grads[index]
+            if whole is not None:
+                for row, piece in zip(rows, _split(whole, self.piece), strict=True):
+                    update((index,), row, piece)
         for span in self.spans:
             indices = range(span.first, span.first + len(span))
             parts = stretches(indices, keys)
             count = len(parts)
             if count <= FEW or len(span) > FEW * count or span.offsets[-1] > SMALL * count:
                 for some in parts:
-                    update(some, span.part(some))
+                    update(some, span.part(some), flatten([grads[i] for i in some]))  # type: ignore[misc]
             else:
-                self._gather(indices, keys, update)
+                self._gather(indices, grads, keys, update)
         for batch in self.batches:
-            self._gather(batch, keys, update)
+            self._gather(batch, grads, keys, update)
 
     def _gather(
-        self, indices: Sequence[int], keys: Sequence[Any] | None, update: Callable[..., None]
+        self,
+        indices: Sequence[int],
+        grads: Sequence[Any],
+        keys: Sequence[Any] | None,
+        update: Callable[..., None],
     ) -> None:
         """Updates copies side by side of tensors that lie apart, and copies them back."""
         if keys is not None:
@@ -132,20 +143,10 @@ class Sweep:
         for some in stretches(indices, keys):
             columns: Any = [c and [c[index] for index in some] for c in self.columns]
             copies = [column and flatten(column) for column in columns]
-            update(some, copies)
+            update(some, copies, flatten([grads[index] for index in some]))
             for column, copy in zip(columns, copies, strict=True):
                 if column is not None:
                     torch._foreach_copy_(column, unflatten(copy, column))
-
-    def _in_pieces(
-        self, flats: list[Any], grad: Tensor, factor: Tensor | None, hyper: dict[str, Any]
-    ) -> None:
-        rows = [(*flats, grad)]
-        if grad.numel() > self.piece:
-            cut = [repeat(None) if t is None else t.split(self.piece) for t in rows[0]]
-            rows = list(zip(*cut, strict=False))
-        for *row, piece in rows:
-            self._update(row, piece if factor is None else piece.to(self.dtype) * factor, hyper)
 
     def _update(self, flats: Sequence[Tensor | None], grad: Tensor, hyper: dict[str, Any]) -> None:
         """One piece; half precision is computed in fp32 and rounded once."""
@@ -191,3 +192,8 @@ _scratch = _ThreadScratch()
 def _in_memory_order(tensor: Tensor) -> Tensor:
     """A view of a dense tensor, of which no order of dimensions need be known."""
     return tensor if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
+
+
+def _split(tensor: Tensor, piece: int) -> Sequence[Tensor]:
+    flat = tensor if tensor.dim() == 1 else tensor.view(-1)
+    return (flat,) if flat.numel() <= piece else flat.split(piece)
