@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from functools import wraps
 from typing import Any
 
 import torch
@@ -44,17 +42,15 @@ def from_torch(optimizer: torch.optim.Optimizer) -> RMSprop | Rprop:
         return optimizer
     ours = OURS.get(type(optimizer))
     if ours is None:
-        raise TypeError(
-            f"from_torch takes torch.optim.RMSprop or torch.optim.Rprop, not {type(optimizer)!r}"
-        )
+        kinds = "torch.optim.RMSprop or torch.optim.Rprop"
+        raise TypeError(f"from_torch takes {kinds}, not {type(optimizer)!r}")
     wrapped = vars(optimizer).get("step")
     if wrapped is not None and not _is_by_scheduler(wrapped):
         raise TypeError("the optimizer's step was replaced: call from_torch before that")
+    vars(optimizer).pop("step", None)  # our class's does itself what the wrapper does
     optimizer.__class__ = ours
     assert isinstance(optimizer, (RMSprop, Rprop))
-    optimizer._adopt()  # first, as it gives the class the step that calls hooks
-    if wrapped is not None:
-        optimizer.step = _noticed_by_schedulers(optimizer)  # type: ignore[method-assign]
+    optimizer._adopt()
     return optimizer
 
 
@@ -62,18 +58,3 @@ def _is_by_scheduler(step: Any) -> bool:
     """Whether a scheduler wrapped it last: other wrappers may have copied the mark."""
     made_in = getattr(step, "__globals__", {}).get("__name__")
     return made_in == lr_scheduler.__name__ and hasattr(step, "_wrapped_by_lr_sched")
-
-
-def _noticed_by_schedulers(optimizer: RMSprop | Rprop) -> Any:
-    """The class's `step`, wrapped as a scheduler wraps it: it warns when it runs before a step."""
-    reference = weakref.ref(optimizer)
-    function = type(optimizer).step
-
-    @wraps(function)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        alive: Any = reference()
-        alive._opt_called = True
-        return function(alive, *args, **kwargs)
-
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-    return step

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
@@ -24,40 +23,53 @@ def table(groups: Sequence[Group], sweep_path: str, packed: bool) -> str:
     rows: list[tuple[str, ...]] = [HEAD]
     notes: list[str] = []
     for index, known in enumerate(groups):
-        found = *_native(known, sweep_path, packed), *_fallback(known)
-        rows += [(str(index), *row) for row in found]
-        notes += [f"group {index}: {note}" for note in _notes(known, packed)]
+        totals: dict[tuple[str, ...], Counter[str]] = {}
+        reasons: Counter[str] = Counter()
+        for kind, column, numel, nbytes, why in _members(known, sweep_path, packed):
+            totals.setdefault(kind, Counter()).update(
+                {column: 1, "elements": numel, "bytes/step": nbytes}
+            )
+            if why is not None:
+                reasons[f"{column.replace('torch', 'left to torch')}: {why}"] += 1
+        for kind, total in totals.items():
+            cells = [f"{total[name]:,}" for name in HEAD[4:]]
+            if total["torch"]:
+                cells[-1] = "-"  # torch's functions are not looked into
+            rows.append((str(index), *kind, *cells))
+        notes += [f"group {index}: {count} {reason}" for reason, count in reasons.items()]
+        waiting = len(known.waiting) - (0 if known.native else len(known.expected()))
+        if waiting:
+            notes.append(f"group {index}: {waiting} without state until their first gradient")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
+    aligned = [
+        [
             cell.ljust(width) if name in TEXT else cell.rjust(width)
             for name, cell, width in zip(HEAD, row, widths, strict=True)
-        ).rstrip()
+        ]
         for row in rows
     ]
-    return "\n".join(lines + notes)
+    return "\n".join([*("  ".join(row).rstrip() for row in aligned), *notes])
 
 
-def _native(known: Group, sweep_path: str, packed: bool) -> Iterator[tuple[str, ...]]:
-    """A row for each launch or sweep; what has no state yet will be in one with its like."""
-    rows: dict[tuple[str, str, str], list[tuple[Tensor, int]]] = {}
-    for part in known.plan.parts if known.plan is not None else ():
-        kind = str(part.device), _name(part.dtype), _path(part.device, sweep_path)
-        params = [known.native[index] for index in part.indices]
-        rows.setdefault(kind, []).extend((p, part.bytes_per_element) for p in params)
-    for param, why in known.expected():
-        if why is not None:
-            continue
+def _members(
+    known: Group, sweep_path: str, packed: bool
+) -> Iterator[tuple[tuple[str, ...], str, int, int, str | None]]:
+    """Of each parameter: device, dtype and path; the column that counts it; elements; bytes; why it
+    is not packed. What has no state yet will be in one launch with its like."""
+    expected = known.expected()
+    native = [(p, p.itemsize * (3 + 2 * len(known.rule.used))) for p, why in expected if not why]
+    parts = known.plan.parts if known.plan is not None else []
+    taken = [(known.native[i], part.bytes_per_element) for part in parts for i in part.indices]
+    for param, per_element in (*taken, *native):
         device = local(param).device
-        kind = str(device), _name(param.dtype), _path(device, sweep_path)
-        nbytes = param.itemsize * (3 + 2 * len(known.rule.used))
-        rows.setdefault(kind, []).append((param, nbytes))
-    for kind, members in rows.items():
-        in_slabs = sum(_why_in_place(p, packed) is None for p, _ in members)
-        numel = sum(local(p).numel() for p, _ in members)
-        nbytes = sum(local(p).numel() * per_element for p, per_element in members)
-        counts = in_slabs, len(members) - in_slabs, 0, numel, nbytes
-        yield (*kind, *(f"{count:,}" for count in counts))
+        kind, name = path(device)
+        names = str(device), _name(param), sweep_path if kind == "eager" else name
+        why, numel = _why_in_place(param, packed), local(param).numel()
+        yield names, "in place" if why else "packed", numel, numel * per_element, why
+    for param, why in (*known.fallback, *expected):
+        if why is not None:
+            names = str(param.device), _name(param), "torch"
+            yield names, "torch", 0 if is_lazy(param) else param.numel(), 0, why
 
 
 def _why_in_place(param: Tensor, packed: bool) -> str | None:
@@ -68,38 +80,5 @@ def _why_in_place(param: Tensor, packed: bool) -> str | None:
     return why
 
 
-def _path(device: torch.device, sweep_path: str) -> str:
-    kind, name = path(device)
-    return sweep_path if kind == "eager" else name
-
-
-def _fallback(known: Group) -> Iterator[tuple[str, ...]]:
-    counts: Counter[tuple[str, str]] = Counter()
-    numels: Counter[tuple[str, str]] = Counter()
-    for param, _ in _left_to_torch(known):
-        kind = str(param.device), _name(param.dtype)
-        counts[kind] += 1
-        numels[kind] += 0 if is_lazy(param) else param.numel()
-    for kind, count in counts.items():
-        yield (*kind, "torch", "0", "0", str(count), f"{numels[kind]:,}", "-")
-
-
-def _left_to_torch(known: Group) -> list[tuple[Tensor, str]]:
-    return [*known.fallback, *((p, why) for p, why in known.expected() if why is not None)]
-
-
-def _notes(known: Group, packed: bool) -> Iterator[str]:
-    expected = known.expected()
-    in_place = [*known.native, *(param for param, why in expected if why is None)]
-    reasons = [_why_in_place(param, packed) for param in in_place]
-    for why, count in Counter(filter(None, reasons)).items():
-        yield f"{count} in place: {why}"
-    for why, count in Counter(why for _, why in _left_to_torch(known)).items():
-        yield f"{count} left to torch: {why}"
-    waiting = len(known.waiting) - (0 if known.native else len(expected))
-    if waiting:
-        yield f"{waiting} without state until their first gradient"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -19,25 +19,23 @@ def path(device: torch.device) -> tuple[str | None, str]:
     from torch._dynamo.device_interface import get_interface_for_device
     from torch.utils._triton import has_triton_package
 
-    if INTERPRET:
-        if not has_triton_package():
+    if not has_triton_package():
+        if INTERPRET:
             raise ImportError("TRITON_INTERPRET asks for triton's interpreter: pip install triton")
-        if device.type == "cpu":
-            return "kernel", "triton, interpreted"
+        return None, "triton is not installed"
+    if INTERPRET and device.type == "cpu":
+        return "kernel", "triton, interpreted"
+    if INTERPRET:
         return None, "triton's interpreter reads the CPU's memory only"
-
     try:
-        if not has_triton_package():
-            return None, "triton is not installed"
-        if not get_interface_for_device(device.type).is_triton_capable(device):
-            return None, f"triton does not support {device}"
+        if get_interface_for_device(device.type).is_triton_capable(device):
+            return "kernel", "triton"
     except (NotImplementedError, RuntimeError):
-        return None, f"triton does not support {device.type}"
-    return "kernel", "triton"
+        device = torch.device(device.type)  # none of this type
+    return None, f"triton does not support {device}"
 
 
 def is_capturing(device: torch.device) -> bool:
     """Whether the device's current stream records a graph."""
-    module = getattr(torch, device.type, None)
-    query = getattr(module, "is_current_stream_capturing", None)
+    query = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
     return bool(query and query())

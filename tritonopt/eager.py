@@ -16,7 +16,6 @@ from torch import Tensor
 hardtanh_backward = torch.ops.aten.hardtanh_backward
 threshold_backward = torch.ops.aten.threshold_backward
 
-
 VARIANTS = ("irprop-", "rprop-", "rprop+", "irprop+")
 
 

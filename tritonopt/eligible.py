@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -23,21 +24,19 @@ def why_watched() -> str | None:
     if torch._C._len_torch_dispatch_stack():
         return "a TorchDispatchMode"
     if torch._C._len_torch_function_stack():
-        for mode in _get_current_function_mode_stack():
-            if not isinstance(mode, DeviceContext):  # `torch.set_default_device` is one
-                return "a TorchFunctionMode"
+        modes = _get_current_function_mode_stack()
+        if not all(isinstance(mode, DeviceContext) for mode in modes):  # torch.set_default_device
+            return "a TorchFunctionMode"
     return None
 
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether the tensor is nothing but memory: an address, a shape and strides."""
-    if type(tensor) is Tensor or type(tensor) is torch.nn.Parameter:
-        return tensor.layout is torch.strided
-    return (
-        type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-        and tensor.layout is torch.strided
-        and not torch.nn.parameter.is_lazy(tensor)
-    )
+    kind = type(tensor)
+    if kind is not Tensor and kind is not torch.nn.Parameter:
+        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ or is_lazy(tensor):
+            return False
+    return tensor.layout is torch.strided
 
 
 def same_layout(left: Tensor, right: Tensor) -> bool:
@@ -77,20 +76,19 @@ def why_not_together(param: Tensor, grad: Tensor | None, states: Sequence[Tensor
         return "has state that is sharded in another way"
     if grad is not None and not same_shards(param, grad):
         return BAD_GRADIENT
-    param, grad, states = local(param), local(grad), [local(state) for state in states]
-    for tensor in states:
-        if not isinstance(tensor, Tensor) or not is_plain(tensor) or tensor.is_neg():
+    param, grad, *states = map(local, (param, grad, *states))
+    for state in states:
+        if not isinstance(state, Tensor) or not is_plain(state) or state.is_neg():
             return "has state that is not a plain tensor"
-        if tensor.device != param.device:
-            return f"has state on {tensor.device}"
-        if not same_layout(tensor, param):
+        if state.device != param.device:
+            return f"has state on {state.device}"
+        if not same_layout(state, param):
             return "has state of another shape or memory layout"
     if grad is not None and not belongs(grad, param):
         return BAD_GRADIENT
-    dtypes = {t.dtype for t in (param, *states, *([] if grad is None else [grad]))}
-    if len(dtypes) == 1:
-        return None
-    if len({s.dtype for s in states}) > 1 or not dtypes <= {*HALF_OR_SINGLE}:
+    of_state = {state.dtype for state in states}
+    dtypes = of_state | {tensor.dtype for tensor in (param, grad) if tensor is not None}
+    if len(dtypes) > 1 and (len(of_state) > 1 or not dtypes <= {*HALF_OR_SINGLE}):
         return "mixes dtypes: " + ", ".join(sorted(str(d).replace("torch.", "") for d in dtypes))
     return None
 

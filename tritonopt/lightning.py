@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from tritonopt.convert import OURS, from_torch
 
 try:
@@ -34,8 +32,5 @@ class FusedOptimizers(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Assigned, so that the strategy's wrappers, which imitate the optimizers' classes, follow.
-        trainer.strategy.optimizers = [_fused(o) for o in trainer.strategy.optimizers]
-
-
-def _fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    return from_torch(optimizer) if type(optimizer) in OURS else optimizer
+        found = trainer.strategy.optimizers
+        trainer.strategy.optimizers = [from_torch(o) if type(o) in OURS else o for o in found]

@@ -44,40 +44,33 @@ def total_norm(work: Sequence[tuple[Any, Sequence[Any]]]) -> Tensor:
     Kernels: one launch for all param groups of one device and dtype, then scalars. Elsewhere, and
     for shards, whose norm is that of all ranks, as torch computes it.
     """
-    rest: list[Tensor] = []
+    rest: list[Tensor | None] = []
     scattered: dict[Any, Any] = {}  # by dtype and device: sizes, gradients
     for known, grads in work:
-        rest += [p.grad for p, _ in known.fallback if p.grad is not None]
+        rest += [param.grad for param, _ in known.fallback]
         for part in known.plan.parts if known.plan is not None else ():
             if known.sharded or path(part.device)[0] != "kernel":
-                owners = (known.native[index] for index in part.indices)
-                rest += [p.grad for p in owners if p.grad is not None]
-                continue
-            kind = part.grad_dtype, part.device
-            numels, tensors = scattered.setdefault(kind, ([], []))
-            numels += part.update.numels
-            tensors += [grads[index] for index in part.indices] if grads else []
-    squares = [_square_sum(*kind, *both) for kind, both in scattered.items() if both[1]]
+                rest += [known.native[index].grad for index in part.indices]
+            else:
+                kind = part.grad_dtype, part.device
+                numels, tensors = scattered.setdefault(kind, ([], []))
+                numels += part.update.numels
+                tensors += [grads[index] for index in part.indices]
+    squares = []
+    for kind, (numels, tensors) in scattered.items():
+        from tritonopt.kernels.launch import square_sum
+
+        squares.append(square_sum(tuple(numels), *kind)(tensors))
+    given = [grad for grad in rest if grad is not None]
+    norm: Any = get_total_norm(given)
+    norm = norm.full_tensor() if is_sharded(norm) else norm
     if not squares:
-        return _total_norm(rest) if rest else torch.zeros(())
-    if rest:
-        squares.append(_total_norm(rest) ** 2)
+        return norm
+    if given:
+        squares.append(norm**2)
     if len(squares) == 1:
         return squares[0].sqrt()
     return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
-
-
-def _square_sum(
-    dtype: torch.dtype, device: torch.device, numels: list[int], grads: list[Tensor | None]
-) -> Tensor:
-    from tritonopt.kernels import launch
-
-    return launch.square_sum(tuple(numels), dtype, device)(grads)
-
-
-def _total_norm(grads: list[Tensor]) -> Tensor:
-    norm = get_total_norm(grads)
-    return norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[attr-defined]
 
 
 @contextmanager

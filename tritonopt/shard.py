@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -29,14 +28,9 @@ def locals_of(tensors: Sequence[Any], sharded: bool) -> Sequence[Any]:
     return list(map(local, tensors)) if sharded else tensors
 
 
-def same_shards(left: Tensor, right: Any) -> bool:
+def same_shards(left: Any, right: Any) -> bool:
     """Whether equal elements lie on the same rank: of two DTensors or of two plain tensors."""
-    if not is_sharded(left) and not is_sharded(right):
-        return True
-    return (
-        is_sharded(left)
-        and is_sharded(right)
-        and left.device_mesh == right.device_mesh  # type: ignore[attr-defined]
-        and left.placements == right.placements  # type: ignore[attr-defined]
-        and not any(placement.is_partial() for placement in left.placements)  # type: ignore[attr-defined]
-    )
+    if not is_sharded(left) or not is_sharded(right):
+        return not is_sharded(left) and not is_sharded(right)
+    same = left.device_mesh == right.device_mesh and left.placements == right.placements
+    return same and not any(placement.is_partial() for placement in left.placements)

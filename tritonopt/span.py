@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, groupby, repeat
 from operator import is_not
 from typing import NamedTuple
 
 from torch import Tensor
 
-from tritonopt.slab import ALIGNMENT, find, pitch
+from tritonopt.slab import find
 
 
 class Span(NamedTuple):
@@ -22,74 +22,66 @@ class Span(NamedTuple):
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def part(self, some: Sequence[int]) -> list[Tensor | None]:
+        """The memory of some neighbours in it."""
+        if len(some) == len(self):
+            return self.flats
+        start, stop = self.offsets[some[0] - self.first], self.offsets[some[-1] - self.first + 1]
+        return [None if flat is None else flat[start:stop] for flat in self.flats]
+
 
 def spans(
-    columns: Sequence[Sequence[Tensor] | None],
-    limit: int,
-    longest: int,
-    alignment: int = ALIGNMENT,
+    columns: Sequence[Sequence[Tensor] | None], limit: int, longest: int, alignment: int = 1
 ) -> tuple[list[Span], list[int]]:
     """Where tensors of the same index are neighbours in every column, and which have none.
 
     A span has `limit` elements at the most, a tensor in it `longest`. Empty ones are in neither.
+    `alignment` is without effect: nothing lies between neighbours.
     """
     used = [column for column in columns if column is not None]
-    itemsize = used[0][0].itemsize
-    pitches = [pitch(t.numel(), itemsize, alignment) for t in used[0]]
-    joined, alone = [], []
-    for run in _runs(used, pitches, limit, longest):
-        if len(run) == 1:
-            alone += run
-            continue
-        offsets = list(accumulate((pitches[index] for index in run), initial=0))
-        flats = [None if c is None else _flat(c[run[0]], offsets[-1]) for c in columns]
-        joined.append(Span(run[0], offsets, flats))
-    return joined, alone
-
-
-def _runs(
-    columns: Sequence[Sequence[Tensor]], pitches: list[int], limit: int, longest: int
-) -> list[list[int]]:
-    """The indices in order, without those of empty tensors, in runs of neighbours."""
-    itemsize = columns[0][0].itemsize
-    one_dtype = len({column[0].dtype for column in columns}) == 1
-    addresses = [[tensor.data_ptr() for tensor in column] for column in columns]
-
-    def adjacent(left: int, right: int) -> bool:
-        if not one_dtype or max(pitches[left], pitches[right]) > longest:
-            return False
-        distance = pitches[left] * itemsize
-        if any(places[right] - places[left] != distance for places in addresses):
-            return False
-        homes = [(find(column[left]), find(column[right])) for column in columns]
-        return all(home is not None and home is other for home, other in homes)
-
     runs: list[list[int]] = []
-    length = 0
-    for index, tensor in enumerate(columns[0]):
-        if tensor.numel() == 0:
+    room, ends = 0, None
+    for index, tensor in enumerate(used[0]):
+        numel = tensor.numel()
+        if numel == 0:
+            ends = None
             continue
-        length += pitches[index]
-        if runs and length <= limit and runs[-1][-1] == index - 1 and adjacent(index - 1, index):
+        starts = [column[index].data_ptr() for column in used]
+        if starts == ends and numel <= min(room, longest) and _share_slabs(used, index):
             runs[-1].append(index)
         else:
             runs.append([index])
-            length = pitches[index]
-    return runs
+            room = limit if numel <= longest else 0
+        room -= numel
+        ends = [s + numel * c[0].itemsize for s, c in zip(starts, used, strict=True)]
+    joined = []
+    for run in runs:
+        if len(run) > 1:
+            offsets = list(accumulate((used[0][index].numel() for index in run), initial=0))
+            flats = [None if c is None else _from(c[run[0]], offsets[-1]) for c in columns]
+            joined.append(Span(run[0], offsets, flats))
+    return joined, [run[0] for run in runs if len(run) == 1]
 
 
-def _flat(first: Tensor, numel: int) -> Tensor:
+def _share_slabs(columns: Sequence[Sequence[Tensor]], index: int) -> bool:
+    """Whether each tensor at `index` is a piece of the slab of the one before it."""
+    pairs = [(find(column[index - 1]), find(column[index])) for column in columns]
+    return all(left is not None and left is right for left, right in pairs)
+
+
+def _from(first: Tensor, numel: int) -> Tensor:
     """The elements of a slab from a piece of it on."""
-    home = find(first)
-    assert home is not None
-    return home.flat(first.data_ptr(), numel)
+    slab = find(first)
+    assert slab is not None
+    start = (first.data_ptr() - slab.data_ptr()) // slab.itemsize
+    return slab[start : start + numel]
 
 
 def all_given(grads: Sequence[Tensor | None]) -> bool:
     return all(map(is_not, grads, repeat(None)))
 
 
-def stretches(indices: Sequence[int], keys: Sequence[object] | None) -> Iterable[Sequence[int]]:
+def stretches(indices: Sequence[int], keys: Sequence[object] | None) -> Sequence[Sequence[int]]:
     """Neighbours in a list of indices with the same key, without those whose key is None.
 
     `keys` None: they all have the same.

@@ -29,37 +29,27 @@ def make_state(
     `like_gradient`: the keys that have the gradient's dtype. `on_device`: where steps are counted.
     """
     scalar = _get_scalar_dtype()
-    kinds: dict[Any, list[Tensor]] = {}
-    if len({(p.device, p.dtype) for p in params}) > 1:
-        for param in params:
-            state[param]  # so that entries stand in torch's order  # noqa: B018
     for param in params:
-        if _makes_plain(param):
-            kinds.setdefault(param.grad.dtype, []).append(param)  # type: ignore[union-attr]
-            continue
-        entry: Any = state[param]
-        entry["step"] = torch.zeros((), dtype=scalar, device=_home(param, on_device))
-        for key, start in starts.items():  # of its type, which sharded checkpoints need
-            like: Any = param.grad if key in like_gradient else param
-            entry[key] = torch.full_like(like, start)
-    for grad_dtype, members in kinds.items():
-        for batch in slab.batches(members):
-            device, dtype = batch[0].device, batch[0].dtype
-            home, scalars = _home(batch[0], on_device), [_SCALAR] * len(batch)
-            columns = {"step": slab.allocate(scalars, scalar, home, alignment=1)}
-            for key, start in starts.items():
-                kind = grad_dtype if key in like_gradient else dtype
-                columns[key] = slab.allocate(batch, kind, device, start)
-            for number, param in enumerate(batch):
-                entry = {key: column[number] for key, column in columns.items()}
-                if state.get(param) is None:
-                    state[param] = entry
-                else:
-                    state[param].update(entry)
+        state.setdefault(param, {})  # all before any is filled: in torch's order
+    for batch in slab.batches(params, _kind):
+        first = batch[0]
+        home = first.device if on_device else torch.device("cpu")
+        columns = {"step": slab.allocate([_SCALAR] * len(batch), scalar, home)}
+        for key, start in starts.items():
+            like: Any = first.grad if key in like_gradient else first
+            if _makes_plain(first):
+                columns[key] = slab.allocate(batch, like.dtype, like.device, start)
+            else:  # of its type, which sharded checkpoints need
+                columns[key] = [torch.full_like(like, start)]
+        for param, *values in zip(batch, *columns.values(), strict=True):
+            state[param].update(zip(columns, values, strict=True))
 
 
-def _home(param: Tensor, on_device: bool) -> torch.device:
-    return param.device if on_device else torch.device("cpu")
+def _kind(param: Tensor) -> object:
+    """What parameters whose state is made together have in common."""
+    if not _makes_plain(param):
+        return id(param)
+    return param.device, param.dtype, param.grad.dtype  # type: ignore[union-attr]
 
 
 def _makes_plain(param: Tensor) -> bool:
@@ -80,10 +70,9 @@ def pack_on_cpu(
     movable = [p for p in dict.fromkeys(params) if p.is_cpu and _may_move(p)]
     slab.pack(movable)
     entries = [entry for entry in map(state.get, movable) if entry]
-    for key in dict.fromkeys(keys):
-        slab.pack(entry[key] for entry in entries if isinstance(entry.get(key), Tensor))
-    steps = [entry["step"] for entry in entries if isinstance(entry.get("step"), Tensor)]
-    slab.pack((step for step in steps if step.is_cpu), alignment=1)
+    for key in dict.fromkeys(("step", *keys)):
+        values = [entry.get(key) for entry in entries]
+        slab.pack(value for value in values if isinstance(value, Tensor) and value.is_cpu)
 
 
 def _may_move(param: Tensor) -> bool:

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tritonopt.eager import Scratch
-from tritonopt.span import Span, all_given, spans, stretches
+from tritonopt.slab import filled
+from tritonopt.span import all_given, spans, stretches
 
 PIECE = 2**19
 """Elements. 2^19 and 2^20 measured alike (2 cores, 32 MiB of L3), 2^17 a third slower."""
@@ -26,7 +28,8 @@ GATHERED = 2**16
 
 SMALL, FEW = 2**12, 4
 """Elements up to which tensors that lie apart are gathered, if they are more than a few. At 2^14
-the copies cost as much as the operators (2 cores)."""
+the copies cost as much as the operators (2 cores). So are parts of a span, between which gradients
+are missing, if they have so few elements and tensors on average: with 5 both took as long."""
 
 SERIAL = 2**15 - 1
 """Elements up to which torch runs an operator, `cat` included, on the calling thread."""
@@ -58,45 +61,27 @@ class Sweep:
     ) -> None:
         self.rule = rule
         self.piece = self._piece(params)
-        self.columns: list[Any] = [params, *columns]
         self.dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
+        self.columns: list[Any] = [params, *columns]
         self.computes_in_place = all(c[0].dtype is self.dtype for c in self.columns if c)
+        self.permuted = not all(param.is_contiguous() for param in params)
+        if self.permuted:
+            self.columns = [c and list(map(_in_memory_order, c)) for c in self.columns]
         self.spans, apart = spans(self.columns, min(self.piece, PIECE), GATHERED)
-        self.pads = [self._pads(span) for span in self.spans]
-        # Gathered are rows of memory; of other orders of dimensions, a view is made first.
-        self.permuted = {i for i, p in enumerate(params) if not p.is_contiguous()}
-        small = [i for i in apart if params[i].numel() <= SMALL and i not in self.permuted]
-        self.batches = self._batches(small) if len(small) > FEW else []
-        gathered = {i for batch in self.batches for i in batch}
-        self.alone = [i for i in apart if i not in gathered]
-        self._rows: dict[int, list[list[Tensor | None]]] = {}
+        small = [index for index in apart if params[index].numel() <= SMALL]
+        small = small if len(small) > FEW else []
+        self.batches = list(filled(small, lambda index: params[index].numel(), SERIAL))
+        self.alone = [(i, self._cut(i)) for i in sorted({*apart} - {*small})]
 
     def _piece(self, params: Sequence[Tensor]) -> int:
         """Elements of a piece."""
         asleep = len(params) >= MANY and sum(p.numel() for p in params) <= LITTLE
         return min(SERIAL, PIECE) if asleep else PIECE
 
-    def _pads(self, span: Span) -> list[Tensor] | None:
-        """What lies between the tensors of a span; None if that is nothing."""
-        ends = zip(span.offsets, span.offsets[1:], strict=False)
-        params = self.columns[0][span.first : span.first + len(span)]
-        gaps = [stop - start - p.numel() for (start, stop), p in zip(ends, params, strict=True)]
-        if not any(gaps):
-            return None
-        zeros = torch.zeros(max(gaps), dtype=self.dtype, device="cpu")
-        return [zeros[:gap] for gap in gaps]
-
-    def _batches(self, small: Sequence[int]) -> list[list[int]]:
-        batches: list[list[int]] = []
-        room = 0
-        for index in small:
-            numel = self.columns[0][index].numel()
-            if numel > room:
-                batches.append([])
-                room = SERIAL
-            batches[-1].append(index)
-            room -= numel
-        return batches
+    def _cut(self, index: int) -> list[tuple[Any, ...]]:
+        """The pieces of a tensor and its state, in the order of `columns`."""
+        cut = [repeat(None) if c is None else _split(c[index], self.piece) for c in self.columns]
+        return list(zip(*cut, strict=False))
 
     def __call__(
         self,
@@ -113,68 +98,55 @@ class Sweep:
         if skip is not None and skip.item():
             return
         factor = None if factor is None else factor.cpu()  # of a norm over several devices
-        steps = None
+        if self.permuted:
+            grads = [grad if grad is None else _in_memory_order(grad) for grad in grads]
+        steps = keys = None
         if isinstance(hyper.get("step"), Tensor):
             steps, hyper = hyper["step"].tolist(), dict(hyper)
-        keys = _keys(grads, steps)
-        for span, pads in zip(self.spans, self.pads, strict=True):
-            for some in stretches(range(span.first, span.first + len(span)), keys):
-                if steps is not None:
-                    hyper["step"] = steps[some[0]]
-                flats, grad = self._side_by_side(span, pads, some, grads)
-                self._update(flats, self._scaled(grad, factor), hyper)
-        for batch in self.batches:
-            order = batch if steps is None else sorted(batch, key=steps.__getitem__)
-            given = order if keys is None else [i for i in order if grads[i] is not None]
-            for some in stretches(given, keys):
-                if steps is not None:
-                    hyper["step"] = steps[some[0]]
-                grad = flatten([grads[i] for i in some])  # type: ignore[misc]
-                self._gather(some, self._scaled(grad, factor), hyper)
-        for index in self.alone:
+        if steps is not None or not all_given(grads):  # what is updated together has one key
+            pairs = zip(grads, steps or repeat(True), strict=False)
+            keys = [None if grad is None else key for grad, key in pairs]
+
+        def update(some: Sequence[int], flats: Sequence[Any], grad: Tensor) -> None:
+            if steps is not None:
+                hyper["step"] = steps[some[0]]
+            self._update(flats, grad if factor is None else grad.to(self.dtype) * factor, hyper)
+
+        for index, rows in self.alone:
             whole = grads[index]
             if whole is not None:
-                if steps is not None:
-                    hyper["step"] = steps[index]
-                rows = self._rows.get(index) or self._cut(index)
                 for row, piece in zip(rows, _split(whole, self.piece), strict=True):
-                    self._update(row, self._scaled(piece, factor), hyper)
+                    update((index,), row, piece)
+        for span in self.spans:
+            indices = range(span.first, span.first + len(span))
+            parts = stretches(indices, keys)
+            count = len(parts)
+            if count <= FEW or len(span) > FEW * count or span.offsets[-1] > SMALL * count:
+                for some in parts:
+                    update(some, span.part(some), flatten([grads[i] for i in some]))  # type: ignore[misc]
+            else:
+                self._gather(indices, grads, keys, update)
+        for batch in self.batches:
+            self._gather(batch, grads, keys, update)
 
-    def _gather(self, some: Sequence[int], grad: Tensor, hyper: dict[str, Any]) -> None:
+    def _gather(
+        self,
+        indices: Sequence[int],
+        grads: Sequence[Any],
+        keys: Sequence[Any] | None,
+        update: Callable[..., None],
+    ) -> None:
         """Updates copies side by side of tensors that lie apart, and copies them back."""
-        columns: Any = [c and [c[index] for index in some] for c in self.columns]
-        copies: Any = [None if c is None else flatten(c) for c in columns]
-        self._update(copies, grad, hyper)
-        for column, copy in zip(columns, copies, strict=True):
-            if column is not None:
-                torch._foreach_copy_(column, unflatten(copy, column))
-
-    def _side_by_side(
-        self, span: Span, pads: list[Tensor] | None, some: Sequence[int], grads: Sequence[Any]
-    ) -> tuple[list[Tensor | None], Tensor]:
-        """Of neighbours in a span: their memory, and their gradients gathered."""
-        first, last = some[0] - span.first, some[-1] - span.first
-        source = [_flat(grads[i]) if i in self.permuted else grads[i] for i in some]
-        if pads is not None:
-            between = zip(source, pads[first : last + 1], strict=True)
-            source = [tensor for both in between for tensor in both]
-        if len(some) == len(span):
-            return span.flats, flatten(source)
-        where = slice(span.offsets[first], span.offsets[last + 1])
-        return [None if flat is None else flat[where] for flat in span.flats], flatten(source)
-
-    def _scaled(self, grad: Tensor, factor: Tensor | None) -> Tensor:
-        return grad if factor is None else grad.to(self.dtype) * factor
-
-    def _cut(self, index: int) -> list[list[Tensor | None]]:
-        """The pieces of a tensor and its state, in the order of `columns`."""
-        count = -(-self.columns[0][index].numel() // self.piece)
-        cut = [
-            [None] * count if c is None else _split(c[index], self.piece)
-            for c in self.columns
-        ]
-        self._rows[index] = list(map(list, zip(*cut, strict=True)))
-        return self._rows[index]
+        if keys is not None:
+            given = (index for index in indices if keys[index] is not None)
+            indices = sorted(given, key=keys.__getitem__)
+        for some in stretches(indices, keys):
+            columns: Any = [c and [c[index] for index in some] for c in self.columns]
+            copies = [column and flatten(column) for column in columns]
+            update(some, copies, flatten([grads[index] for index in some]))
+            for column, copy in zip(columns, copies, strict=True):
+                if column is not None:
+                    torch._foreach_copy_(column, unflatten(copy, column))
 
     def _update(self, flats: Sequence[Tensor | None], grad: Tensor, hyper: dict[str, Any]) -> None:
         """One piece; half precision is computed in fp32 and rounded once."""
@@ -188,15 +160,6 @@ class Sweep:
         for flat, computed in zip(flats, work, strict=True):
             if computed is not flat:
                 flat.copy_(computed)  # type: ignore[union-attr,arg-type]
-
-
-def _keys(
-    grads: Sequence[Tensor | None], steps: Sequence[float] | None
-) -> Sequence[object] | None:
-    """What tensors updated together have in common, None without a gradient; None: all have all."""
-    if steps is None:
-        return None if all_given(grads) else [None if g is None else True for g in grads]
-    return [None if g is None else step for g, step in zip(grads, steps, strict=True)]
 
 
 class _ThreadScratch(threading.local):
@@ -226,11 +189,11 @@ class _ThreadScratch(threading.local):
 _scratch = _ThreadScratch()
 
 
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """A view of a dense tensor, of which no order of dimensions need be known."""
+    return tensor if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
+
+
 def _split(tensor: Tensor, piece: int) -> Sequence[Tensor]:
-    flat = tensor if tensor.dim() == 1 else _flat(tensor)
+    flat = tensor if tensor.dim() == 1 else tensor.view(-1)
     return (flat,) if flat.numel() <= piece else flat.split(piece)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """The elements of a dense tensor in the order in which they lie in memory."""
-    return tensor.view(-1) if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))

@@ -55,6 +55,17 @@ def test_missing_gradients_are_skipped(name, missing, device):
             torch.testing.assert_close(after[1][index], before[1][index], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("every", [2, 7])
+def test_others_are_missing_at_each_step(name, every):
+    """Packed neighbours in many short parts, which are gathered, or in a few long ones."""
+    params, ours, theirs, copies = both(name, shapes=[(3, 5), (40,), (), (64,)] * 10)
+    for step in range(6):
+        give_gradients(params, copies, range(step % every, len(params), every) if step else ())
+        ours.step()
+        theirs.step()
+        assert_follows(ours, theirs, params, copies)
+
+
 def test_no_gradient_at_all_is_a_no_op(name, device):
     params, ours, *_ = both(name, device)
     ours.step()

@@ -121,3 +121,20 @@ def test_a_wrapper_over_a_schedulers_is_refused(name):
     optimizer.step = functools.wraps(inner)(lambda *args: inner(*args))
     with pytest.raises(TypeError, match="step was replaced"):
         tritonopt.from_torch(optimizer)
+
+
+@pytest.mark.parametrize("before", ["scheduler first", "converted first"])
+def test_a_scheduler_warns_before_the_first_step_alone(name, before):
+    params = parameters()
+    optimizer = TORCH[name](params)
+    if before == "converted first":
+        tritonopt.from_torch(optimizer)
+    schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 2) for _ in range(2)]
+    tritonopt.from_torch(optimizer)
+    with pytest.warns(UserWarning, match="before `optimizer.step"):
+        schedulers[0].step()
+    give_gradients(params, params)
+    optimizer.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        schedulers[1].step()
