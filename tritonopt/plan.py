@@ -100,7 +100,7 @@ class Plan:
         steps_at = addresses(self.steps)  # scalars: there is no more to look at
         if steps_at != self.steps_at:
             self.steps_at = steps_at
-            self.joined, self.lone = spans([self.steps], 2**62, 2**62, 1)
+            self.joined, self.lone = spans([self.steps], 2**62, 1)
             kinds = {(step.device, step.dtype) for step in self.steps}
             # Else they are counted one by one: a count of several parameters is counted often.
             self.alike = len(kinds) == 1 and len({*steps_at}) == len(steps_at)
@@ -204,10 +204,9 @@ class Plan:
         whole = all_given(grads)
         keys = None if whole else [None if grad is None else True for grad in grads]
         for span in self.joined:
-            flat: Any = span.flats[0]
             for some in stretches(range(span.first, span.first + len(span)), keys):
-                part = flat[some[0] - span.first : some[-1] + 1 - span.first]
-                part.add_(_one(flat, skip))
+                (part,) = span.part(some)
+                part.add_(_one(part, skip))  # type: ignore[union-attr,arg-type]
         lone = [self.steps[i] for i in self.lone if whole or grads[i] is not None]
         if len(lone) > 2 and self.alike:
             torch._foreach_add_(lone, _one(lone[0], skip))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,11 +20,6 @@ def local(tensor: Any) -> Any:
         return tensor
     with torch.no_grad():
         return tensor.to_local()
-
-
-def locals_of(tensors: Sequence[Any], sharded: bool) -> Sequence[Any]:
-    """Of each; `sharded` False: none is a DTensor."""
-    return list(map(local, tensors)) if sharded else tensors
 
 
 def same_shards(left: Any, right: Any) -> bool:

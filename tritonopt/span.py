@@ -31,12 +31,11 @@ class Span(NamedTuple):
 
 
 def spans(
-    columns: Sequence[Sequence[Tensor] | None], limit: int, longest: int, alignment: int = 1
+    columns: Sequence[Sequence[Tensor] | None], limit: int, longest: int
 ) -> tuple[list[Span], list[int]]:
     """Where tensors of the same index are neighbours in every column, and which have none.
 
     A span has `limit` elements at the most, a tensor in it `longest`. Empty ones are in neither.
-    `alignment` is without effect: nothing lies between neighbours.
     """
     used = [column for column in columns if column is not None]
     runs: list[list[int]] = []
