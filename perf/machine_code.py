@@ -52,26 +52,32 @@ _MORE = ("EPS_IN_SQRT", "LR_IN_MOMENTUM", "NESTEROV", "DECOUPLED", "BIAS_CORRECT
 
 
 class Kernel(NamedTuple):
-    """A kernel with constants; how many tensors it reads and writes, in blocks of which size."""
+    """A kernel with constants; whether it writes the parameter, and each state that it may have."""
 
     function: Any
     constants: dict[str, Any]
-    reads: int
-    writes: int
+    written: tuple[bool, ...] = ()
     block: int = BLOCK
+
+    @property
+    def reads(self) -> int:
+        return 1 + self.writes
+
+    @property
+    def writes(self) -> int:
+        return sum(self.written)
 
 
 def _rmsprop(*on: str) -> Kernel:
     constants = {name: None for name in OPTIONAL if name not in on}
     constants.update({name: name in on for name in (*_TORCH, *_MORE)})
-    states = 1 + ("CENTERED" in on) + ("MOMENTUM" in on)
-    return Kernel(rmsprop_kernel, constants, 2 + states, 1 + states)
+    return Kernel(rmsprop_kernel, constants, (True, True, "CENTERED" in on, "MOMENTUM" in on))
 
 
 def _rprop(variant: str, *on: str) -> Kernel:
     constants = {name: None for name in ("factor_ptr", "skip_ptr") if name not in on}
     constants.update({"MAXIMIZE": "MAXIMIZE" in on, "VARIANT": variant})
-    return Kernel(rprop_kernel, constants, 4, 3)
+    return Kernel(rprop_kernel, constants, (True, True, True))
 
 
 KERNELS: dict[str, Kernel] = {
@@ -93,7 +99,7 @@ KERNELS: dict[str, Kernel] = {
     "irprop+": _rprop("irprop+"),
     "rprop, scaled": _rprop("irprop-", "factor_ptr", "skip_ptr"),
     "irprop+, scaled": _rprop("irprop+", "factor_ptr", "skip_ptr"),
-    "norm": Kernel(square_sum_kernel, {}, 1, 0, NORM_BLOCK),
+    "norm": Kernel(square_sum_kernel, {}, block=NORM_BLOCK),
 }
 QUICK = ("rmsprop", "rprop", "norm")
 
@@ -135,10 +141,10 @@ class Driver(NamedTuple):
 def compile_kernel(kernel: Kernel, dtypes: tuple[str, str, str], target: GPUTarget) -> Any:
     """For parameters, gradients and state of these dtypes."""
     names = kernel.function.arg_names
-    types = {n: DTYPES[d] for n, d in zip(("PARAM", "GRAD", "STATE"), dtypes, strict=True)}
-    types["COMPUTE"] = tl.float64 if dtypes[0] == "fp64" else tl.float32
-    constants = {name: value for name, value in types.items() if name in names}
-    constants.update(kernel.constants, BLOCK=kernel.block)
+    param, grad, state = (DTYPES[name] for name in dtypes)
+    columns = zip(kernel.written, (param, state, state, state), strict=False)
+    types = grad, *(type_ if used else None for used, type_ in columns)
+    constants = {**kernel.constants, "TYPES": types, "BLOCK": kernel.block}
     pointers = {**OPTIONAL, "sums_ptr": "*fp64" if dtypes[0] == "fp64" else "*fp32"}
     signature = {
         name: "constexpr"
