@@ -20,14 +20,15 @@ from tritonopt.device import is_capturing
 from tritonopt.kernels.norm import square_sum_kernel
 from tritonopt.kernels.rmsprop import rmsprop_kernel
 from tritonopt.kernels.rprop import rprop_kernel
-from tritonopt.kernels.tables import Tables
+from tritonopt.kernels.tables import Columns, Tables
 
 BLOCK, THREADS = 1024, 128
 """8 elements a thread: one 128-bit access per tensor in half precision, two in fp32."""
 
 REGISTERS = 168
-"""A thread's at most: three blocks of 128 threads share a multiprocessor's 65536. In fp32 the
-kernels take about half of that, in fp64 all of it; none spills."""
+"""A thread's at most in fp64: three blocks of 128 threads share a multiprocessor's 65536. Left to
+itself, ptxas spills 8 bytes for one block more; in fp32 it does not, and takes fewer registers than
+under any limit (Rprop at sm_90: 42; 54 where 168 are allowed)."""
 
 NORM_BLOCK = 4096
 """Elements of which one program adds up the squares: 32 a thread."""
@@ -39,15 +40,12 @@ class Grid:
     """Launches kernels over scattered tensors: gradients, and `columns` of what is written."""
 
     def __init__(
-        self,
-        numels: Sequence[int],
-        columns: Sequence[Sequence[Tensor] | None],
-        device: torch.device,
-        block: int,
+        self, numels: Sequence[int], columns: Columns, device: torch.device, block: int
     ) -> None:
         self.numels, self.device, self.block = numels, device, block
         self.dtypes = [None if column is None else column[0].dtype for column in columns]
         self.tables = Tables(numels, columns, device, block)
+        self.reserve = self.tables.reserve
         self.programs = self.tables.programs
         self._compiled: dict[Any, tuple[Callable[..., None], tuple[Any, ...]]] = {}
 
@@ -65,7 +63,8 @@ class Grid:
         again: 29 us on a host where the compiled kernel alone takes 10. What it would find changed
         is in `key`.
         """
-        key = grad_dtype, *switches, *map(_kind, pointers)
+        kinds = [p if p is None else (p.dtype, p.data_ptr() % 16) for p in pointers]
+        key = grad_dtype, *switches, *kinds
         found = self._compiled.get(key)
         if found is not None:
             run, constants = found
@@ -73,24 +72,20 @@ class Grid:
             return
         grid = len(self.programs), 1, 1
         constants = tuple(map(_type, (grad_dtype, *self.dtypes))), self.block
-        how = {} if INTERPRETED else options(_target(), THREADS)
+        how = {}
+        if not INTERPRETED:
+            target = triton.runtime.driver.active.get_current_target()
+            how = options(target, THREADS, constants[0])
         compiled = kernel[grid](*pointers, *map(_fp64, numbers), *switches, *constants, **how)
         if compiled is not None:  # the interpreter compiles nothing
             self._compiled[key] = compiled[grid], constants
-
-    def reserve(self) -> None:
-        """What a graph capture of later steps will need, and could not allocate itself."""
-        self.tables.reserve()
 
 
 class Launch(Grid):
     """The update of `params` and their state, which must not move as long as it is used."""
 
     def __init__(
-        self,
-        rule: Callable[..., None],
-        params: Sequence[Tensor],
-        columns: Sequence[Sequence[Tensor] | None],
+        self, rule: Callable[..., None], params: Sequence[Tensor], columns: Columns
     ) -> None:
         numels = [p.numel() for p in params]
         super().__init__(numels, [params, *columns], params[0].device, BLOCK)
@@ -115,9 +110,8 @@ class Launch(Grid):
             return
         with _on(self.device):
             table = self.tables.find(_pointers(grads))
-            self.grad_dtype, self.pointers = given.dtype, (
-                table, self.programs, _moved(factor, self.device), _moved(skip, self.device)
-            )  # fmt: skip
+            scaling = _moved(factor, self.device), _moved(skip, self.device)
+            self.grad_dtype, self.pointers = given.dtype, (table, self.programs, *scaling)
             self.rule(self, **hyper)
 
     def run(
@@ -132,20 +126,11 @@ class Launch(Grid):
 
 
 def rmsprop_(
-    launch: Launch,
-    *,
-    lr: float | Tensor,
-    alpha: float,
-    eps: float,
-    weight_decay: float,
-    momentum: float,
-    maximize: bool,
-    eps_in_sqrt: bool = False,
-    lr_in_momentum: bool = False,
-    nesterov: bool = False,
-    decoupled_weight_decay: bool = False,
-    step: float | Tensor | None = None,
-) -> None:
+    launch: Launch, *,
+    lr: float | Tensor, alpha: float, eps: float, weight_decay: float, momentum: float,
+    maximize: bool, eps_in_sqrt: bool = False, lr_in_momentum: bool = False, nesterov: bool = False,
+    decoupled_weight_decay: bool = False, step: float | Tensor | None = None,
+) -> None:  # fmt: skip
     _, centered, has_buffer = launch.used
     lr_ptr = gain_ptr = None
     if isinstance(lr, Tensor) and lr.device == launch.device:
@@ -167,16 +152,10 @@ def rmsprop_(
 
 
 def rprop_(
-    launch: Launch,
-    *,
-    etaminus: float,
-    etaplus: float,
-    step_size_min: float,
-    step_size_max: float,
-    maximize: bool,
-    variant: str = "irprop-",
-    loss_rose: bool = False,
-) -> None:
+    launch: Launch, *,
+    etaminus: float, etaplus: float, step_size_min: float, step_size_max: float, maximize: bool,
+    variant: str = "irprop-", loss_rose: bool = False,
+) -> None:  # fmt: skip
     numbers = etaminus, etaplus, step_size_min, step_size_max, float(loss_rose)
     launch.run(rprop_kernel, numbers, (bool(maximize), variant))
 
@@ -201,30 +180,20 @@ class SquareSum(Grid):
         return sums.sum()
 
 
-@lru_cache(maxsize=16)
-def square_sum(numels: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> SquareSum:
-    """Found again at each step by what it is made from: nothing in it belongs to one optimizer."""
-    return SquareSum(numels, dtype, device)
+square_sum = lru_cache(maxsize=16)(SquareSum)
+"""Found again at each step by what it is made from: nothing in it belongs to one optimizer."""
 
 
-def options(target: Any, threads: int) -> dict[str, Any]:
+def options(target: Any, threads: int, types: Sequence[Any]) -> dict[str, Any]:
     """How the kernels are compiled. Multiply-adds are fused only where a rule says so."""
     found = {"num_warps": threads // target.warp_size, "enable_fp_fusion": False}
-    if target.backend == "cuda":  # else ptxas spills 8 bytes, here and there, for one block more
+    if target.backend == "cuda" and tl.float64 in types:
         found["maxnreg"] = min(REGISTERS, 2**16 // threads)
     return found
 
 
-def _target() -> Any:
-    return triton.runtime.driver.active.get_current_target()
-
-
 def _type(dtype: torch.dtype | None) -> Any:
     return dtype and getattr(tl, str(dtype).removeprefix("torch."))
-
-
-def _kind(pointer: Tensor | None) -> Any:
-    return None if pointer is None else (pointer.dtype, pointer.data_ptr() % 16)
 
 
 def _fp64(value: float) -> Any:
@@ -249,6 +218,5 @@ def _pointers(grads: Sequence[Tensor | None]) -> tuple[int, ...]:
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    if device.type == "cpu":
-        return contextlib.nullcontext()
-    return torch.accelerator.device_index(device.index)
+    on_cpu = device.type == "cpu"
+    return contextlib.nullcontext() if on_cpu else torch.accelerator.device_index(device.index)

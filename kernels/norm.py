@@ -5,10 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def square_sum_kernel(
-    table_ptr, programs_ptr, sums_ptr,
-    TYPES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def square_sum_kernel(table_ptr, programs_ptr, sums_ptr, TYPES: tl.constexpr, BLOCK: tl.constexpr):
     # A row of the table: numel, then the gradient's address, 0 where there is none.
     # Each program stores its own sum: atomics would add in another order at every step.
     program = tl.load(programs_ptr + tl.program_id(0))

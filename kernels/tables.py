@@ -15,6 +15,9 @@ from tritonopt.device import is_capturing
 RECENT_TABLES = 8
 """The caching allocator repeats itself with a short period. 48 bytes per tensor each."""
 
+Columns = Sequence[Sequence[Tensor] | None]
+"""What a kernel writes: the parameters, and each kind of state, or None where it is not used."""
+
 _CAPTURED: list[tuple[Tensor, ...]] = []  # what captured graphs read; never written again
 
 
@@ -25,11 +28,7 @@ class Tables:
     """
 
     def __init__(
-        self,
-        numels: Sequence[int],
-        columns: Sequence[Sequence[Tensor] | None],
-        device: torch.device,
-        block: int,
+        self, numels: Sequence[int], columns: Columns, device: torch.device, block: int
     ) -> None:
         self.device = device
         self.programs = _programs(numels, block, device)
@@ -87,9 +86,9 @@ class Tables:
 
 def _programs(numels: Sequence[int], size: int, device: torch.device) -> Tensor:
     """For every program of the grid: index of its tensor << 32 | index of its block."""
-    blocks = (torch.tensor(numels, device="cpu") + size - 1) // size
+    blocks = (torch.tensor(numels, dtype=torch.int64, device="cpu") + size - 1) // size
     first = torch.cumsum(blocks, 0) - blocks
-    tensor = torch.repeat_interleave(torch.arange(len(numels), device="cpu"), blocks)
+    tensor = torch.repeat_interleave(blocks)
     block = torch.arange(len(tensor), device="cpu") - first[tensor]
     return (tensor << 32 | block).to(device)
 
