@@ -11,8 +11,8 @@ from tritonopt.kernels.arithmetic import INTERPRETED
 
 PIECES: tl.constexpr = tl.constexpr(1 if INTERPRETED.value else 4)
 """In which a masked block is updated, one after the other. Registers of a thread at sm_90 (triton
-3.6; RMSprop in fp32, all of torch's options, bf16): 4 pieces 48, 70, 45, as many as the other path
-takes alone; 2 pieces 56, 78, 54; the whole block 60, 86, 59 and shared memory."""
+3.6; RMSprop in fp32, with all of torch's options, in bf16): 4 pieces 48, 69, 44; 2 pieces 48, 78,
+48. As one, in fp32: 72, and shared memory. The interpreter is slower the more pieces there are."""
 
 
 @triton.jit
