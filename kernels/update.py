@@ -42,9 +42,11 @@ def update(
     elif present:
         offs = tl.arange(0, BLOCK // PIECES)
         end = tl.minimum(left, BLOCK).to(tl.int32)
-        for first in range(0, end, BLOCK // PIECES):
+        first = 0
+        while first < end:  # not a range, which triton 3.6 cannot interpret with numpy 2.4
             mask = offs < end - first
             piece(addresses, start + first, offs, mask, 1, factor_ptr, RULE, arguments, TYPES)
+            first += BLOCK // PIECES
 
 
 @triton.jit
