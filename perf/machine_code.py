@@ -4,8 +4,8 @@
     python -m perf.machine_code --quick
     python -m perf.machine_code --kernels rprop --dtypes fp32 --targets sm_90
 
-No GPU is needed. Exit code 1 if a kernel spills, or if its aligned path reads or writes a tensor
-by less than 128 bits.
+No GPU is needed. Exit code 1 if a kernel spills, takes more registers than MOST allows, or if its
+aligned path reads or writes a tensor by less than 128 bits.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tritonopt.kernels.launch import BLOCK, NORM_BLOCK, THREADS, options
+from tritonopt.kernels.launch import BLOCK, NORM_BLOCK, REGISTERS, THREADS, options
 from tritonopt.kernels.norm import square_sum_kernel
 from tritonopt.kernels.rmsprop import rmsprop_kernel
 from tritonopt.kernels.rprop import rprop_kernel
@@ -52,26 +52,32 @@ _MORE = ("EPS_IN_SQRT", "LR_IN_MOMENTUM", "NESTEROV", "DECOUPLED", "BIAS_CORRECT
 
 
 class Kernel(NamedTuple):
-    """A kernel with constants; how many tensors it reads and writes, in blocks of which size."""
+    """A kernel with constants; whether it writes the parameter, and each state that it may have."""
 
     function: Any
     constants: dict[str, Any]
-    reads: int
-    writes: int
+    written: tuple[bool, ...] = ()
     block: int = BLOCK
+
+    @property
+    def reads(self) -> int:
+        return 1 + self.writes
+
+    @property
+    def writes(self) -> int:
+        return sum(self.written)
 
 
 def _rmsprop(*on: str) -> Kernel:
     constants = {name: None for name in OPTIONAL if name not in on}
     constants.update({name: name in on for name in (*_TORCH, *_MORE)})
-    states = 1 + ("CENTERED" in on) + ("MOMENTUM" in on)
-    return Kernel(rmsprop_kernel, constants, 2 + states, 1 + states)
+    return Kernel(rmsprop_kernel, constants, (True, True, "CENTERED" in on, "MOMENTUM" in on))
 
 
 def _rprop(variant: str, *on: str) -> Kernel:
     constants = {name: None for name in ("factor_ptr", "skip_ptr") if name not in on}
     constants.update({"MAXIMIZE": "MAXIMIZE" in on, "VARIANT": variant})
-    return Kernel(rprop_kernel, constants, 4, 3)
+    return Kernel(rprop_kernel, constants, (True, True, True))
 
 
 KERNELS: dict[str, Kernel] = {
@@ -93,9 +99,20 @@ KERNELS: dict[str, Kernel] = {
     "irprop+": _rprop("irprop+"),
     "rprop, scaled": _rprop("irprop-", "factor_ptr", "skip_ptr"),
     "irprop+, scaled": _rprop("irprop+", "factor_ptr", "skip_ptr"),
-    "norm": Kernel(square_sum_kernel, {}, 1, 0, NORM_BLOCK),
+    "norm": Kernel(square_sum_kernel, {}, block=NORM_BLOCK),
 }
 QUICK = ("rmsprop", "rprop", "norm")
+MOST = {
+    "rmsprop": {"cuda": (48, 48, 96), "hip": (48, 56, 64)},
+    "rmsprop, all of torch": {"cuda": (72, 72, 128), "hip": (56, 64, 112)},
+    "rmsprop, all": {"cuda": (80, 88, 152), "hip": (64, 64, 128)},
+    "rprop": {"cuda": (48, 48, 88), "hip": (48, 48, 72)},
+    "norm": {"cuda": (48, 48, 80), "hip": (48, 56, 80)},
+}
+"""Registers of a thread at most, in halves, fp32 and fp64: what triton 3.6 to 3.8 take, rounded up
+to 8, as a multiprocessor gives them away. Other kernels may take REGISTERS."""
+PARTS = {"cuda": (4, 32, 2**14), "hip": (4, 64, 2**15)}
+"""Of a multiprocessor: how many; threads that run together; registers. Each holds 512 threads."""
 
 
 class MachineCode(NamedTuple):
@@ -103,17 +120,20 @@ class MachineCode(NamedTuple):
     first access of 128 bits to its last, and its loads and stores by width in bits."""
 
     registers: int
+    blocks: int  # of THREADS that a multiprocessor holds at a time
     stack: int  # bytes of registers spilled
     loads: Counter[int]
     stores: Counter[int]
     instructions: int
 
-    def problems(self, dtype: str, kernel: Kernel) -> list[str]:
-        """Spills, and accesses of tensors by less than 128 bits."""
+    def problems(self, dtype: str, kernel: Kernel, most: int = REGISTERS) -> list[str]:
+        """Spills, too many registers, and accesses of tensors by less than 128 bits."""
         vectors = -(-kernel.block * BITS[dtype] // (128 * THREADS))  # per thread and tensor
         names = set(kernel.function.arg_names) - kernel.constants.keys()
         scalars = len(names & OPTIONAL.keys())  # one value each
         found = [f"spills {self.stack} bytes"] if self.stack else []
+        if self.registers > most:
+            found.append(f"{most} registers expected")
         if self.loads[128] != vectors * kernel.reads or self.loads.total() > (
             self.loads[128] + scalars
         ):
@@ -135,10 +155,10 @@ class Driver(NamedTuple):
 def compile_kernel(kernel: Kernel, dtypes: tuple[str, str, str], target: GPUTarget) -> Any:
     """For parameters, gradients and state of these dtypes."""
     names = kernel.function.arg_names
-    types = {n: DTYPES[d] for n, d in zip(("PARAM", "GRAD", "STATE"), dtypes, strict=True)}
-    types["COMPUTE"] = tl.float64 if dtypes[0] == "fp64" else tl.float32
-    constants = {name: value for name, value in types.items() if name in names}
-    constants.update(kernel.constants, BLOCK=kernel.block)
+    param, grad, state = (DTYPES[name] for name in dtypes)
+    columns = zip(kernel.written, (param, state, state, state), strict=False)
+    types = grad, *(type_ if used else None for used, type_ in columns)
+    constants = {**kernel.constants, "TYPES": types, "BLOCK": kernel.block}
     pointers = {**OPTIONAL, "sums_ptr": "*fp64" if dtypes[0] == "fp64" else "*fp32"}
     signature = {
         name: "constexpr"
@@ -150,7 +170,7 @@ def compile_kernel(kernel: Kernel, dtypes: tuple[str, str, str], target: GPUTarg
     source = ASTSource(kernel.function, signature, constexprs=constants, attrs=aligned)
     triton.runtime.driver.set_active(Driver(target))
     try:
-        return triton.compile(source, target=target, options=options(target, THREADS))
+        return triton.compile(source, target=target, options=options(target, THREADS, types))
     finally:
         triton.runtime.driver.set_active(None)  # the machine's own, if it has one
 
@@ -160,6 +180,19 @@ def machine_code(kernel: Kernel, dtype: str, target: str) -> MachineCode:
     if TARGETS[target].backend == "hip":
         return _amd(compiled.asm["amdgcn"])
     return _nvidia(compiled.asm["cubin"])
+
+
+def most(name: str, dtype: str, target: str) -> int:
+    """Registers that a kernel may take."""
+    if name not in MOST:
+        return REGISTERS
+    return MOST[name][TARGETS[target].backend][{"fp32": 1, "fp64": 2}.get(dtype, 0)]
+
+
+def _blocks(registers: int, backend: str) -> int:
+    count, together, file = PARTS[backend]
+    threads = min(512, file // (-(-registers // 8) * 8)) // together * together
+    return count * threads // THREADS
 
 
 def _nvidia(cubin: bytes) -> MachineCode:
@@ -174,7 +207,8 @@ def _nvidia(cubin: bytes) -> MachineCode:
     registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0])
     widths = {"": 32, "64": 64, "128": 128, "U16": 16, "U8": 8}
     lines = re.findall(r"^\s+/\*\w{4}\*/\s+(.*)", sass, re.M)
-    return MachineCode(registers, stack, *_aligned(lines, widths, r"\b(LDG|STG)\.E(?:\.(\w+))?"))
+    counts = _aligned(lines, widths, r"\b(LDG|STG)\.E(?:\.(\w+))?")
+    return MachineCode(registers, _blocks(registers, "cuda"), stack, *counts)
 
 
 def _aligned(
@@ -200,24 +234,27 @@ def _amd(text: str) -> MachineCode:
     stack = field("private_segment_fixed_size") + 4 * field("vgpr_spill_count")
     lines = re.findall(r"^\t([a-z]\w+ .*)", text, re.M)
     pattern = r"\b(?:global|buffer)_(load|store)_(\w+)"
-    return MachineCode(field("vgpr_count"), stack, *_aligned(lines, widths, pattern))
+    registers = field("vgpr_count")
+    counts = _aligned(lines, widths, pattern)
+    return MachineCode(registers, _blocks(registers, "hip"), stack, *counts)
 
 
 def main(kernels: Sequence[str], dtypes: Sequence[str], targets: Sequence[str]) -> int:
-    row = "{:24} {:5} {:7} {:>9} {:>6} {:>12} {:>9} {:>10}  {}"
+    row = "{:24} {:5} {:7} {:>9} {:>6} {:>6} {:>12} {:>9} {:>10}  {}"
     print("The aligned path; loads and stores of 128 bits, and instructions per element.")
-    print(row.format("kernel", "dtype", "target", "registers", "stack", "instructions",
-                     "loads", "stores", "").rstrip())  # fmt: skip
+    print(row.format("kernel", "dtype", "target", "registers", "blocks", "stack",
+                     "instructions", "loads", "stores", "").rstrip())  # fmt: skip
     failed = 0
     for name, dtype, target in product(kernels, dtypes, targets):
         kernel = KERNELS[name]
         code = machine_code(kernel, dtype, target)
-        problems = code.problems(dtype, kernel)
+        problems = code.problems(dtype, kernel, most(name, dtype, target))
         failed += bool(problems)
         each = code.instructions / (kernel.block / THREADS)
         between = f"{each:.1f}" if kernel.writes else "-"  # what follows the last load is not
-        counts = code.registers, code.stack, between, code.loads[128], code.stores[128]
-        print(row.format(name, dtype, target, *counts, "; ".join(problems)).rstrip())
+        counts = code.loads[128], code.stores[128], "; ".join(problems)
+        shown = code.registers, code.blocks, code.stack, between, *counts
+        print(row.format(name, dtype, target, *shown).rstrip())
     print(f"{failed} with problems" if failed else "No spills, no narrow access of a tensor.")
     return 1 if failed else 0
 

@@ -13,14 +13,30 @@ checkpoints, missing gradients, moved parameters, clipping, `compile()` and `des
            momentum_buffer.mul_(momentum).add_(grad)
            param.sub_(torch.sign(momentum_buffer) * lr)
 
-2. **The kernel**, for GPUs and the interpreter, and what launches it: read `kernels/rprop.py`, and
-   `rprop_` in `kernels/launch.py`. A kernel takes the table of addresses (a row: numel, parameter,
-   gradient, states), the list of programs, a factor of gradients and a flag to skip (both may be
-   None), numbers, switches, and the dtypes PARAM, GRAD, STATE, COMPUTE and BLOCK.
+2. **The rule on the device**, for GPUs and the interpreter, its kernel, and what launches that:
+   read `kernels/rprop.py`, and `rprop_` in `kernels/launch.py`. `update` reads and writes; the rule
+   gets values, and returns the parameter's and the state's new ones. Every kernel begins with the
+   same four pointers and ends with the same two constants.
 
-       def launch_sign_(launch, table, grad_dtype, *, lr, momentum):
-           pointers = table, launch.programs, launch.factor, launch.skip
-           launch.run(sign_kernel, pointers, (lr, momentum), (), grad_dtype)
+       @triton.jit
+       def sign_rule(param, grad, momentum_buffer, lr, momentum):
+           dtype: tl.constexpr = param.dtype
+           momentum_buffer = momentum_buffer * tl.cast(momentum, dtype) + grad
+           sign = (momentum_buffer > 0).to(dtype) - (momentum_buffer < 0).to(dtype)
+           return param - sign * tl.cast(lr, dtype), momentum_buffer
+
+       @triton.jit
+       def sign_kernel(
+           table_ptr, programs_ptr, factor_ptr, skip_ptr, lr: "fp64", momentum: "fp64",
+           TYPES: tl.constexpr, BLOCK: tl.constexpr,
+       ):
+           update(
+               table_ptr, programs_ptr, factor_ptr, skip_ptr,
+               sign_rule, (lr, momentum), TYPES, BLOCK,
+           )
+
+       def launch_sign_(launch, *, lr, momentum):
+           launch.run(sign_kernel, (lr, momentum))
 
 3. **The class.**
 

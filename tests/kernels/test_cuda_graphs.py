@@ -90,7 +90,7 @@ def test_interpreted_tables_outlive_their_launch(name, capture):
     capture["on"] = True
     table = launch.tables.find((0, 0))
     del optimizer, launch
-    assert any(table is held for pair in tables._captured for held in pair)
+    assert any(table is held for pair in tables._CAPTURED for held in pair)
 
 
 @interpreted
@@ -132,7 +132,8 @@ def test_interpreted_replays_equal_eager(name, capture):
         for p, q in zip(params, copies, strict=True):
             q.grad = p.grad.normal_().clone()
         lr.fill_(0.01 * 0.97**number)
-        launch.rule(launch, table, torch.float32, **hyper)
+        launch.pointers = table, *launch.pointers[1:]
+        launch.rule(launch, **hyper)
         eager.param_groups[0]["lr"] = float(lr)
         eager.step()
     assert all(torch.equal(p, q) for p, q in zip(params, copies, strict=True))

@@ -13,12 +13,14 @@ if not LAUNCHED:
 
 import triton.language as tl
 
-from tritonopt.kernels import arithmetic, launch, tables
+from tritonopt.kernels import arithmetic, launch, tables, update
 
 RPROP = {
     "etaminus": 0.5, "etaplus": 1.2, "step_size_min": 1e-6, "step_size_max": 50.0,
     "maximize": False,
 }  # fmt: skip
+
+interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="a compiled kernel is what it is")
 
 
 @pytest.fixture(params=LAUNCHED)
@@ -72,6 +74,13 @@ def assert_updates(params, grads, prevs, step_sizes):
 )
 def test_unaligned_addresses_and_odd_sizes(dtype, offset, device):
     assert_updates(*tensors([0, 1, 3, 1023, 1024, 0, 1025, 2048, 0], device, dtype, offset))
+
+
+@interpreted
+@pytest.mark.parametrize("offset", [0, 1])
+def test_a_masked_block_in_pieces(offset, device, monkeypatch):
+    monkeypatch.setattr(update, "PIECES", tl.constexpr(4))
+    assert_updates(*tensors([1, 255, 256, 257, 1023, 1024, 1025], device, offset=offset))
 
 
 def test_missing_gradients_get_no_work(device):
@@ -133,7 +142,7 @@ def test_more_than_2_to_the_31_elements(device):
         large[-tail:] = values
     param, grad, prev, step_size = big
     update = launch.Launch(launch.rprop_, [param], [[prev], [step_size]])
-    update.programs, update.grid = update.programs[-2:].clone(), (2, 1, 1)
+    update.programs = update.programs[-2:].clone()
     (want,) = expected(*([values] for values in small), torch.float16)
     update([grad], RPROP)
     touched = numel - int(update.programs[0] & 0xFFFFFFFF) * launch.BLOCK
@@ -176,7 +185,7 @@ GPU_ORDERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="a GPU has its own parity")
+@interpreted
 @pytest.mark.parametrize("kwargs", GPU_ORDERS, ids=str)
 def test_the_order_of_gpu_operators(kwargs, monkeypatch):
     monkeypatch.setattr(arithmetic, "AS_ON_CPU", tl.constexpr(False))

@@ -22,6 +22,7 @@ from machine_code import (
     compile_kernel,
     machine_code,
     main,
+    most,
     parse,
 )
 
@@ -42,8 +43,20 @@ def cases(*axes, fast):
 )
 def test_kernel(name, dtype, target):
     code = machine_code(KERNELS[name], dtype, target)
-    assert code.problems(dtype, KERNELS[name]) == []
-    assert code.registers <= launch.REGISTERS
+    assert code.problems(dtype, KERNELS[name], most(name, dtype, target)) == []
+
+
+@pytest.mark.parametrize("target, fewest", [("sm_90", 10), ("gfx942", 16)])
+def test_blocks_that_a_multiprocessor_holds(target, fewest):
+    assert machine_code(KERNELS["rmsprop"], "fp32", target).blocks >= fewest
+
+
+def test_blocks_are_those_of_the_compiler():
+    kernel = KERNELS["irprop+, scaled"]
+    code = machine_code(kernel, "fp64", "gfx942")
+    text = compile_kernel(kernel, ("fp64", "fp64", "fp64"), TARGETS["gfx942"]).asm["amdgcn"]
+    waves = int(re.findall(r"Occupancy: (\d+)", text)[0])  # of 64 threads, on each of 4 parts
+    assert code.blocks == waves * 4 * 64 // launch.THREADS < 16
 
 
 def test_a_narrow_access_is_a_problem():
@@ -54,6 +67,8 @@ def test_a_narrow_access_is_a_problem():
         assert len(code.problems("fp32", kernel)) == 1
         counts[32] -= 1
     assert code._replace(stack=8).problems("fp32", kernel) == ["spills 8 bytes"]
+    assert code.problems("fp32", kernel, code.registers) == []
+    assert len(code.problems("fp32", kernel, code.registers - 1)) == 1
 
 
 def test_exit_codes(monkeypatch, capsys):
@@ -177,7 +192,7 @@ seen(update, **rprop)
 assert seen(update, one, one.clone(), **rprop)[2] is one and len(jitted) == 6
 assert seen(update, **rprop)[2] is None and len(jitted) == 6
 grads = [grad.bfloat16() for grad in grads]
-assert launch.tl.bfloat16 in seen(update, **rprop) and len(jitted) == 7
+assert launch.tl.bfloat16 in seen(update, **rprop)[11] and len(jitted) == 7
 launch.SquareSum([3000, 5], torch.float32, torch.device("cpu"))(grads)
 assert compiled[-1].metadata.num_warps == 4 and not compiled[-1].metadata.enable_fp_fusion
 for kernel in compiled:

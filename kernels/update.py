@@ -1,0 +1,81 @@
+"""What all rules share: which elements a program updates, and how it reads and writes them.
+
+A rule gets one value of the parameter, the gradient and each state, and then arguments of its own;
+it returns the parameter's and each state's new value.
+"""
+
+import triton
+import triton.language as tl
+
+from tritonopt.kernels.arithmetic import INTERPRETED
+
+PIECES: tl.constexpr = tl.constexpr(1 if INTERPRETED.value else 4)
+"""In which a masked block is updated, one after the other. Registers of a thread at sm_90 (triton
+3.6; RMSprop in fp32, with all of torch's options, in bf16): 4 pieces 48, 69, 44; 2 pieces 48, 78,
+48. As one, in fp32: 72, and shared memory. The interpreter is slower the more pieces there are."""
+
+
+@triton.jit
+def update(
+    table_ptr, programs_ptr, factor_ptr, skip_ptr, RULE: tl.constexpr, arguments,
+    TYPES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Up to BLOCK elements of one tensor. TYPES: of what the addresses in a row are of."""
+    # A row of the table: numel, the addresses of gradient, parameter and states; 0 where there is
+    # no gradient, or no such state.
+    program = tl.load(programs_ptr + tl.program_id(0))
+    row_ptr = table_ptr + (program >> 32) * (1 + len(TYPES))
+    start = (program & 0xFFFFFFFF) * BLOCK
+    left = tl.load(row_ptr) - start
+    addresses, bits = (), 0
+    for column in tl.static_range(len(TYPES)):
+        addresses = addresses + (tl.load(row_ptr + 1 + column),)
+        bits = bits | addresses[column]
+    present = addresses[0] != 0
+    if skip_ptr is not None:
+        present = present & (tl.load(skip_ptr) == 0)
+
+    # A mask whose bound may not divide by 16 makes every access scalar, hence two paths. The one
+    # with a mask takes few elements at a time: else it would raise the registers of both.
+    if present & (bits % 16 == 0) & (left >= BLOCK):
+        piece(addresses, start, tl.arange(0, BLOCK), None, 16, factor_ptr, RULE, arguments, TYPES)
+    elif present:
+        offs = tl.arange(0, BLOCK // PIECES)
+        end = tl.minimum(left, BLOCK).to(tl.int32)
+        first = 0
+        while first < end:  # not a range, which triton 3.6 cannot interpret with numpy 2.4
+            mask = offs < end - first
+            piece(addresses, start + first, offs, mask, 1, factor_ptr, RULE, arguments, TYPES)
+            first += BLOCK // PIECES
+
+
+@triton.jit
+def piece(
+    addresses, start, offs, mask, ALIGNMENT: tl.constexpr,
+    factor_ptr, RULE: tl.constexpr, arguments, TYPES: tl.constexpr,
+):  # fmt: skip
+    COMPUTE: tl.constexpr = tl.float64 if TYPES[1] == tl.float64 else tl.float32
+    ptrs, values = (), ()
+    for column in tl.static_range(len(TYPES)):
+        if TYPES[column] is None:  # whatever: triton 3.6 cannot return None
+            ptrs, values = ptrs + (offs,), values + (values[0],)
+        else:
+            ptr = addresses[column].to(tl.pointer_type(TYPES[column]))
+            ptrs = ptrs + (tl.multiple_of(ptr, ALIGNMENT) + start + offs,)
+            values = values + (tl.load(ptrs[column], mask).to(COMPUTE),)
+    grad = values[0]
+    if factor_ptr is not None:
+        grad = grad * tl.load(factor_ptr).to(COMPUTE)
+
+    values = RULE(values[1], grad, *values[2:], *arguments)
+
+    if differ(TYPES):  # then a thread may store other elements of a tensor than it has loaded
+        tl.debug_barrier()
+    for column in tl.static_range(1, len(TYPES)):
+        if TYPES[column] is not None:
+            tl.store(ptrs[column], values[column - 1], mask)
+
+
+@triton.constexpr_function
+def differ(types):
+    return len({*types} - {None}) > 1
