@@ -179,10 +179,6 @@ def _why_not(param: Tensor, grad: Tensor, states: list[Tensor]) -> str | None:
     )
 
 
-def _fake(*args: Any, **kwargs: Any) -> None:
-    """Nothing is returned; what is written is in the schema."""
-
-
 def _define(name: str, schema: str) -> None:
     _library.define(name + schema, tags=[torch.Tag.cudagraph_unsafe])
     packet, _, kind = name.partition(".")
@@ -191,7 +187,8 @@ def _define(name: str, schema: str) -> None:
     defaults = {x.name: x.default_value for x in arguments}
     for key in ("CPU", "CUDA", "XPU"):
         _library.impl(name, partial(_update, packet, defaults), key)
-    torch.library.register_fake(f"tritonopt::{name}", _fake, lib=_library)
+    # Nothing is returned; what is written is in the schema.
+    torch.library.register_fake(f"tritonopt::{name}", lambda *_, **__: None, lib=_library)
     define_twin(_library, overload, schema)
 
 

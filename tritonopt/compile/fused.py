@@ -56,8 +56,8 @@ class CompiledSweep(Sweep):
 
     def _graph(self, many: bool, dtype: torch.dtype, hyper: dict[str, Any]) -> tuple[Graph, Tensor]:
         """The graph of an update, and the numbers that are its input."""
-        numbers = {name: value for name, value in hyper.items() if _is_number(name, value)}
-        constants = {name: value for name, value in hyper.items() if name not in numbers}
+        constants = {name: value for name, value in hyper.items() if _is_constant(name, value)}
+        numbers = {name: float(v) for name, v in hyper.items() if name not in constants}
         dtypes = [column and column[0].dtype for column in self.columns]
         options = sorted((name, repr(value)) for name, value in self.kwargs.items())
         kind = self.rule, many, dtype, *dtypes, *constants.items(), *numbers, *options
@@ -65,8 +65,8 @@ class CompiledSweep(Sweep):
             loop = PARALLEL_LOOP if many else SERIAL_LOOP
             fixed = self.rule, self.dtype, constants, [*numbers]
             _graphs[kind] = Graph(fixed, self.kwargs, loop)
-        values = [*map(float, numbers.values())]
-        return _graphs[kind], torch.tensor(values, dtype=torch.float64, device="cpu")
+        values = torch.tensor([*numbers.values()], dtype=torch.float64, device="cpu")
+        return _graphs[kind], values
 
 
 def _immutable(hyper: dict[str, Any]) -> dict[str, Any]:
@@ -80,12 +80,12 @@ def _immutable(hyper: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _is_number(name: str, value: Any) -> bool:
-    """Whether the value may change without another graph."""
+def _is_constant(name: str, value: Any) -> bool:
+    """Whether the value decides about the graph. Other numbers are its inputs."""
     if isinstance(value, (bool, str, NoneType)):
-        return False
+        return True
     # Without a decay there is nothing to add; up to 0.5, `lerp` goes from its other end.
-    return not (name == "weight_decay" and value == 0) and not (name == "alpha" and value <= 0.5)
+    return (name == "weight_decay" and value == 0) or (name == "alpha" and value <= 0.5)
 
 
 class Graph:
@@ -105,7 +105,7 @@ class Graph:
         kwargs = {"dynamic": True, **kwargs}
         torch.compile(function, **kwargs)  # raises where an option is wrong
         self._compiled = torch.compile(function, **{**kwargs, "backend": self})
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._inputs: list[Any] = []
         self.reset()
 
@@ -154,13 +154,15 @@ class Graph:
         def noted(*inputs: Any) -> Any:
             """Runs the code, and keeps it with the order of its inputs."""
             places = {id(known): place for place, known in enumerate(self._inputs)}
-            order = [places.get(id(x), 0) for x in inputs]  # what is no tensor is the size
-            if len(self._codes) >= RECENT_ROOMS:
-                self.reset()
-            self._codes[self._inputs[0]] = eval_frame._stance, code, itemgetter(*order)
+            order = [0 if isinstance(x, int) else places.get(id(x)) for x in inputs]
+            if None not in order:
+                if len(self._codes) >= RECENT_ROOMS:
+                    self.reset()
+                self._codes[self._inputs[0]] = eval_frame._stance, code, itemgetter(*order)
             return code(*inputs)
 
-        return noted
+        # Where dynamo breaks the graph of a rule, none of its graphs is the whole update.
+        return code if module.graph.output_node().all_input_nodes else noted
 
 
 def update(
