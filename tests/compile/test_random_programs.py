@@ -328,7 +328,7 @@ def test_public_ops_that_are_not_functionalized(programs):
     check_together(programs, "eager", op)
 
 
-@pytest.mark.parametrize("programs", [*together(40, 1, 1), *slow(together(3000, 20))])
+@pytest.mark.parametrize("programs", [*together(40, 1, 1), *slow(together(3010, 20))])
 def test_stock_functions_in_one_graph(programs):
     check_together(programs, "tritonopt", stock)
 
