@@ -169,7 +169,10 @@ class Sweep:
     def _cut(self, index: int) -> list[list[Tensor | None]]:
         """The pieces of a tensor and its state, in the order of `columns`."""
         count = -(-self.columns[0][index].numel() // self.piece)
-        cut = [[None] * count if c is None else _split(c[index], self.piece) for c in self.columns]
+        cut = [
+            [None] * count if c is None else _split(c[index], self.piece)
+            for c in self.columns
+        ]
         self._rows[index] = list(map(list, zip(*cut, strict=True)))
         return self._rows[index]
 
@@ -187,7 +190,9 @@ class Sweep:
                 flat.copy_(computed)  # type: ignore[union-attr,arg-type]
 
 
-def _keys(grads: Sequence[Tensor | None], steps: Sequence[float] | None) -> Sequence[object] | None:
+def _keys(
+    grads: Sequence[Tensor | None], steps: Sequence[float] | None
+) -> Sequence[object] | None:
     """What tensors updated together have in common, None without a gradient; None: all have all."""
     if steps is None:
         return None if all_given(grads) else [None if g is None else True for g in grads]
