@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import OURS
 from torch._dynamo.utils import counters
+from torch.optim.rmsprop import rmsprop
 
 from tritonopt.device import INTERPRET
 
@@ -33,9 +34,30 @@ def parameters(shapes=((3, 5), (), (7,), (40, 30)), device="cpu"):
     return [torch.nn.Parameter(torch.randn(s, device=device)) for s in shapes]
 
 
-def optimizers(name, params, **kwargs):
+def optimizers(name, params, others=OURS, **kwargs):
+    """Our optimizer, and another one of copies of the parameters."""
     copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    return OURS[name](params, **kwargs), OURS[name](copies, **kwargs)
+    return OURS[name](params, **kwargs), others[name](copies, **kwargs)
+
+
+HYPER = {
+    "lr": 0.01, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0.0, "momentum": 0.0, "centered": False
+}  # fmt: skip
+"""Of torch's functional `rmsprop`."""
+
+
+def lists(dtype=torch.float32):
+    """Parameters, gradients, square averages, other state, and counts."""
+    torch.manual_seed(0)
+    columns = [[torch.randn(4, 2, dtype=dtype) for _ in range(3)] for _ in range(4)]
+    columns[2] = [t.square() for t in columns[2]]
+    return [*columns, [torch.zeros(()) for _ in range(3)]]
+
+
+def complex_parameters(p, g, v, s, n):
+    columns = [[torch.view_as_complex(t) for t in column] for column in (p, g, v)]
+    rmsprop(*columns, [], [], n, foreach=False, has_complex=True, **HYPER)
+    return ()
 
 
 def pairs(ours, theirs):
@@ -55,6 +77,25 @@ def assert_close(ours, theirs, rtol=0.0):
         torch.testing.assert_close(p, q, **close)
         for key, value in theirs.state[q].items():
             torch.testing.assert_close(ours.state[p][key], value, **close)
+
+
+def params_of(optimizer):
+    return optimizer.param_groups[0]["params"]
+
+
+def run_both(function, ours, theirs, backend="aot_eager", calls=2):
+    """What a function returns and leaves, compiled for our optimizer and not for its twin."""
+    compiled = torch.compile(function, backend=backend)
+    with torch.no_grad():
+        for _ in range(calls):
+            give_gradients(ours, theirs)
+            result, expected = compiled(ours), function(theirs)
+            torch.testing.assert_close(result, expected, rtol=1e-6, atol=1e-6)
+            assert_close(ours, theirs)
+            for tensor in torch.utils._pytree.tree_leaves((result, expected)):
+                if isinstance(tensor, torch.Tensor):
+                    tensor.zero_()  # what was returned is nobody's memory
+            assert_close(ours, theirs)
 
 
 KWARGS = {

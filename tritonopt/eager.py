@@ -98,7 +98,10 @@ def rmsprop_(
     avg = square_avg
     if grad_avg is not None:
         _lerp_(grad_avg, grad, 1 - alpha)
-        avg = torch.addcmul(avg, grad_avg, grad_avg, value=-inverse, out=scratch.second)
+        if isinstance(inverse, Tensor):  # dynamo would break the graph at a `value` of it
+            avg = avg - inverse * grad_avg * grad_avg
+        else:
+            avg = torch.addcmul(avg, grad_avg, grad_avg, value=-inverse, out=scratch.second)
         if correction is not None:
             avg.clamp_min_(0)  # exactly 0 at the first step, where rounding may fall below
     if eps_in_sqrt:

@@ -40,22 +40,18 @@ Raises:
 
 from __future__ import annotations
 
-import re
-import sys
 import weakref
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import compute_overlapping_tensors
 from torch._ops import OpOverload
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tritonopt import eager, rmsprop, rprop
+from tritonopt.compile.functional import define_twin
 from tritonopt.device import is_capturing
-from tritonopt.eager import VARIANTS
 from tritonopt.eligible import is_plain, overlapping, why_not_native, why_not_together
 from tritonopt.plan import Lists, Plan, Rule
 
@@ -84,94 +80,58 @@ SCHEMAS = {  # Scalar and not float: a float of a schema is a constant to the co
 RECENT_PLANS = 4
 """Which parameters have gradients may alternate between a few patterns."""
 
-RMSPROP = Rule("RMSprop", eager.rmsprop_, rmsprop.launcher, rmsprop.STATE, ("square_avg",))
-RPROP = Rule("Rprop", eager.rprop_, rprop.launcher, rprop.STATE, rprop.STATE)
+RULES = {
+    "rmsprop_": Rule("RMSprop", eager.rmsprop_, rmsprop.launcher, rmsprop.STATE, ("square_avg",)),
+    "rprop_": Rule("Rprop", eager.rprop_, rprop.launcher, rprop.STATE, rprop.STATE),
+}
 
 _library = torch.library.Library("tritonopt", "DEF")
 _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by the first state tensor
 
 
-def rmsprop_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    square_avgs: list[Tensor],
-    grad_avgs: list[Tensor],
-    momentum_buffers: list[Tensor],
-    state_steps: list[Tensor],
-    *,
-    lr: float | Tensor = 1e-2,
-    alpha: float | Tensor = 0.99,
-    eps: float | Tensor = 1e-8,
-    weight_decay: float | Tensor = 0.0,
-    momentum: float | Tensor = 0.0,
-    maximize: bool = False,
-    bias_correction: bool = False,
-    **switches: bool,
-) -> None:
-    if params and not momentum_buffers:
-        given = {"momentum": momentum, **switches}
-        for name in ("momentum", "nesterov", "lr_in_momentum"):
-            if given.get(name):
-                raise ValueError(f"rmsprop_ needs momentum_buffers for {name}")
-    if bias_correction and len(state_steps) != len(params):
-        raise ValueError("rmsprop_ needs state_steps for bias_correction, one for each parameter")
-    columns = [square_avgs, grad_avgs, momentum_buffers]
-    rule = RMSPROP._replace(takes_step=bias_correction)
-    _update(
-        rule, Lists(params, grads, columns, state_steps),
-        lr=lr if isinstance(lr, Tensor) and not lr.is_cpu else float(lr),
-        alpha=float(alpha), eps=float(eps), weight_decay=float(weight_decay),
-        momentum=float(momentum), maximize=maximize, **switches,
-    )  # fmt: skip
-
-
-def rprop_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    prevs: list[Tensor],
-    step_sizes: list[Tensor],
-    state_steps: list[Tensor],
-    *,
-    etaminus: float = 0.5,
-    etaplus: float = 1.2,
-    step_size_min: float = 1e-6,
-    step_size_max: float = 50.0,
-    maximize: bool = False,
-    variant: str = "irprop-",
-    loss_rose: bool = False,
-) -> None:
-    if variant not in VARIANTS:
-        raise ValueError(f"rprop_: invalid variant {variant!r}, not one of {VARIANTS}")
-    _update(
-        RPROP, Lists(params, grads, [prevs, step_sizes], state_steps),
-        etaminus=float(etaminus), etaplus=float(etaplus), step_size_min=float(step_size_min),
-        step_size_max=float(step_size_max), maximize=maximize, variant=variant,
-        loss_rose=loss_rose,
-    )  # fmt: skip
-
-
-def _update(rule: Rule, lists: Lists, **hyper: Any) -> None:
-    if not lists.params:
+def _update(name: str, defaults: dict[str, Any], *given: list[Tensor], **options: Any) -> None:
+    """The op of a name. Torch leaves out the options that equal their defaults."""
+    params, grads, *columns, steps = given
+    lists = Lists(params, grads, columns, steps)
+    hyper = {key: _value(key, value) for key, value in {**defaults, **options}.items()}
+    _check(name, lists, hyper)
+    if not params:
         return
-    states = lists.columns[0] or lists.params
-    recent = _plans.setdefault(states[0], [])  # gone with the optimizer, or a new state
-    lengths = [len(lists.grads), *map(len, lists.columns)]
-    for plan, kind, _ in recent:
-        if kind == (rule, lengths):
-            grads = plan.gradients(lists)
-            if grads is not None:
-                break
+    rule = RULES[name]._replace(takes_step=hyper.pop("bias_correction", False))
+    written = lists.written()
+    recent = _plans.setdefault((columns[0] or params)[0], [])  # gone with the state
+    kind = rule, [len(column) for column in (grads, *columns)]
+    for plan, known, _ in recent:
+        fitted = plan.gradients(lists) if known == kind else None
+        if fitted is not None:
+            break
     else:
-        recent[:] = [known for known in recent if _is_current(known[0], known[2])]
+        recent[:] = [row for row in recent if _is_current(row[0], row[2])]
         plan = _plan(rule, lists)
-        grads = plan.gradients(lists)
-        assert grads is not None
-        owners = [weakref.ref(tensor) for tensor in lists.written()]
-        recent.insert(0, (plan, (rule, lengths), owners))
+        fitted = plan.gradients(lists)
+        assert fitted is not None
+        recent.insert(0, (plan, kind, [weakref.ref(tensor) for tensor in written]))
         del recent[RECENT_PLANS:]
-    plan(grads, hyper, reserve=True)
-    written = [*lists.written(), *lists.steps]
-    torch.autograd.graph.increment_version(written)  # a later backward must notice
+    plan(fitted, hyper, reserve=True)
+    torch.autograd.graph.increment_version([*written, *steps])  # a later backward must notice
+
+
+def _value(name: str, value: Any) -> Any:
+    """A switch as it is, a number as a float; a kernel reads the lr where it lies."""
+    is_read_there = name == "lr" and isinstance(value, Tensor) and not value.is_cpu
+    return value if is_read_there or isinstance(value, (bool, str)) else float(value)
+
+
+def _check(name: str, lists: Lists, hyper: dict[str, Any]) -> None:
+    """Raises where an option would have no effect."""
+    if hyper.get("variant", "irprop-") not in eager.VARIANTS:
+        variant = hyper["variant"]
+        raise ValueError(f"{name}: invalid variant {variant!r}, not one of {eager.VARIANTS}")
+    if hyper.get("bias_correction") and len(lists.steps) != len(lists.params):
+        raise ValueError(f"{name} needs state_steps for bias_correction, one for each parameter")
+    for key in ("momentum", "nesterov", "lr_in_momentum"):
+        if lists.params and hyper.get(key) and not lists.columns[-1]:
+            raise ValueError(f"{name} needs momentum_buffers for {key}")
 
 
 def _is_current(plan: Plan, owners: list[weakref.ref[Tensor]]) -> bool:
@@ -219,81 +179,18 @@ def _why_not(param: Tensor, grad: Tensor, states: list[Tensor]) -> str | None:
     )
 
 
-# Compilers see the op as one that returns what it writes: which value was read before it, and which
-# after it, is then said by the graph, and nobody has to find out.
-
-
-def _functionalize(overload: OpOverload, context: Any, *lists: Any, **hyper: Any) -> None:
-    """What a graph gets in place of the op: its functional twin, and the results as new values."""
-    given = context.unwrap_tensors((lists, hyper))
-    _check_aliases(*given)
-    with context.redispatch_to_next():
-        results = _twin(overload)(*given[0], **given[1])
-    written = _written(lists)
-    for tensor, result in zip(written, results, strict=True):
-        context.replace(tensor, result)
-        context.commit_update(tensor)
-        context.sync(tensor)
-    torch.autograd.graph.increment_version(written)  # a backward in the graph must notice
-
-
-def _twin(overload: OpOverload) -> OpOverload:
-    packet = getattr(torch.ops.tritonopt, overload._opname.removesuffix("_"))
-    return getattr(packet, overload._overloadname)  # type: ignore[no-any-return]
-
-
-def _written(lists: Sequence[list[Tensor]]) -> list[Tensor]:
-    return [tensor for number, column in enumerate(lists) if number != 1 for tensor in column]
-
-
-def _check_aliases(lists: Sequence[list[Tensor]], hyper: dict[str, Any]) -> None:
-    """Raises where the order of the writes would matter, which a graph does not keep."""
-    owners: dict[Any, list[Tensor]] = {}
-    for tensor in _written(lists):
-        owners.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
-    shared = [same for same in owners.values() if len(same) > 1]
-    reads = [*lists[1], *(x for x in hyper.values() if isinstance(x, Tensor))]
-    for tensor in reads:
-        if tensor.untyped_storage()._cdata in owners:
-            shared += [[other, tensor] for other in owners[tensor.untyped_storage()._cdata]]
-    if any(compute_overlapping_tensors(same) for same in shared):
-        raise NotImplementedError(
-            "tritonopt: in a compiled graph, what an op writes may share memory with nothing else "
-            "that it takes"
-        )
-
-
-def _functional(overload: OpOverload, *lists: Any, **hyper: Any) -> list[Tensor]:
-    params, grads, *others = lists
-    params, *others = [[tensor.clone() for tensor in column] for column in (params, *others)]
-    overload(params, grads, *others, **hyper)
-    return [*params, *(tensor for column in others for tensor in column)]
-
-
-def _functional_fake(*lists: Any, **hyper: Any) -> list[Tensor]:
-    if "torch._inductor.lowering" in sys.modules:  # the graph may become one of Inductor's
-        from tritonopt.compile import lowering
-
-        lowering.register()
-    return [torch.empty_like(tensor) for tensor in _written(lists)]
-
-
-def _fake(*args: Any, **kwargs: Any) -> None:
-    """Nothing is returned; what is written is in the schema."""
+def _define(name: str, schema: str) -> None:
+    _library.define(name + schema, tags=[torch.Tag.cudagraph_unsafe])
+    packet, _, kind = name.partition(".")
+    overload: OpOverload = getattr(getattr(torch.ops.tritonopt, packet), kind or "default")
+    arguments = [x for x in overload._schema.arguments if x.kwarg_only and x.has_default_value()]
+    defaults = {x.name: x.default_value for x in arguments}
+    for key in ("CPU", "CUDA", "XPU"):
+        _library.impl(name, partial(_update, packet, defaults), key)
+    # Nothing is returned; what is written is in the schema.
+    torch.library.register_fake(f"tritonopt::{name}", lambda *_, **__: None, lib=_library)
+    define_twin(_library, overload, schema)
 
 
 for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema, tags=[torch.Tag.cudagraph_unsafe])
-    _implementation = rmsprop_ if _name.startswith("rmsprop_") else rprop_
-    for _key in ("CPU", "CUDA", "XPU"):
-        _library.impl(_name, _implementation, _key)
-    torch.library.register_fake(f"tritonopt::{_name}", _fake, lib=_library)
-
-    _packet, _, _kind = _name.partition(".")
-    _overload = getattr(getattr(torch.ops.tritonopt, _packet), _kind or "default")
-    _overload.py_functionalize_impl(partial(_functionalize, _overload))
-    _name = _name.replace("_", "", 1)
-    _schema = re.sub(r"\(\w!\)", "", _schema).replace("-> ()", "-> Tensor[]")
-    _library.define(_name + _schema, tags=[torch.Tag.cudagraph_unsafe])
-    _library.impl(_name, partial(_functional, _overload), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"tritonopt::{_name}", _functional_fake, lib=_library)
+    _define(_name, _schema)

@@ -1,37 +1,19 @@
 """backend="tritonopt": every stock configuration is recognised and equals eager."""
 
-import contextlib
 import subprocess
 import sys
 from importlib.metadata import entry_points
+from itertools import cycle
 
 import pytest
 import torch
 from cases import TORCH
-from torch.optim.rmsprop import rmsprop
+from compile_cases import complex_parameters, fresh, lists, skip_interpreted
 
 from tritonopt import backend
-from tritonopt.device import INTERPRET
 
-pytestmark = pytest.mark.skipif(INTERPRET, reason="nothing is compiled")
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    with torch.compiler.config.patch(force_disable_caches=True):
-        yield
-    torch._dynamo.reset()
-
-
-@contextlib.contextmanager
-def listen():
-    reports = backend.Explanation()
-    backend._listeners.append(reports)
-    try:
-        yield reports
-    finally:
-        backend._listeners.remove(reports)
+__all__ = ["fresh"]  # an autouse fixture
+pytestmark = skip_interpreted
 
 
 STOCK = [
@@ -47,10 +29,15 @@ STOCK = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("tensor_lr", [False, True], ids=["float lr", "tensor lr"])
-@pytest.mark.parametrize("foreach", [False, True], ids=["loop", "foreach"])
-@pytest.mark.parametrize(("name", "kwargs"), STOCK, ids=str)
-def test_stock_step(name, kwargs, foreach, tensor_lr, device):
+ROWS = [
+    pytest.param(*row, t, f, id=f"{row}-{t}-{f}", marks=[] if t == f else [pytest.mark.slow])
+    for row, f in zip(STOCK, cycle((False, True)), strict=False)
+    for t in (False, True)
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs", "tensor_lr", "foreach"), ROWS)
+def test_stock_step(name, kwargs, tensor_lr, foreach, device):
     """Equal to eager over steps with a schedule, missing gradients and all of the state."""
     lr = torch.tensor(0.01, device=device) if tensor_lr else 0.01
     shapes = [(3, 5), (), (7,)]
@@ -59,7 +46,7 @@ def test_stock_step(name, kwargs, foreach, tensor_lr, device):
     compiled = TORCH[name](params, lr=lr, foreach=foreach, **kwargs)
     eager = TORCH[name](copies, lr=lr, foreach=False, **kwargs)
     step = torch.compile(compiled.step, backend="tritonopt")
-    with listen() as reports:
+    with backend._listen() as reports:
         for number in range(5):
             for index, (p, q) in enumerate(zip(params, copies, strict=True)):
                 p.grad = None if (number, index) == (3, 1) else torch.randn_like(p)
@@ -74,24 +61,6 @@ def test_stock_step(name, kwargs, foreach, tensor_lr, device):
         torch.testing.assert_close(p, q, **close)
         for key, value in eager.state[q].items():
             torch.testing.assert_close(compiled.state[p][key], value, **close)
-
-
-HYPER = {
-    "lr": 0.01, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0.0, "momentum": 0.0, "centered": False
-}  # fmt: skip
-
-
-def complex_parameters(p, g, v, s, n):
-    lists = [[torch.view_as_complex(t) for t in column] for column in (p, g, v)]
-    rmsprop(*lists, [], [], n, foreach=False, has_complex=True, **HYPER)
-    return ()
-
-
-def tensors(dtype=torch.float32):
-    torch.manual_seed(0)
-    columns = [[torch.randn(4, 2, dtype=dtype) for _ in range(3)] for _ in range(4)]
-    columns[2] = [t.square() for t in columns[2]]
-    return [*columns, [torch.zeros(()) for _ in range(3)]]
 
 
 @pytest.mark.slow
@@ -128,7 +97,7 @@ def test_training_step_of_a_model():
         model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
         optimizer = torch.optim.RMSprop(model.parameters(), lr=0.01, momentum=0.5)
         run = torch.compile(train, backend="tritonopt") if compiled else train
-        with listen() as reports:
+        with backend._listen() as reports:
             batches = [torch.randn(6, 4) for _ in range(4)]
             losses.append([float(run(model, optimizer, x).detach()) for x in batches])
     assert any(r.replaced for r in reports), str(reports)
@@ -150,7 +119,7 @@ def test_explain():
     assert "replaced: RMSprop of 2 parameters" in text and "momentum=0.9" in text
     text = str(backend.explain(torch.optim.SGD(params, foreach=True).step))
     assert "left to Inductor: no step of a stock RMSprop or Rprop" in text
-    text = str(backend.explain(complex_parameters, *tensors()))
+    text = str(backend.explain(complex_parameters, *lists()))
     assert "left to Inductor: rmsprop, as it is of torch.complex64" in text
     for p in params:
         p.grad = None
@@ -200,7 +169,7 @@ def test_numbers_that_change_need_two_graphs():
     ours, theirs = ([torch.nn.Parameter(torch.ones(3))] for _ in range(2))
     compiled, eager = torch.optim.RMSprop(ours), torch.optim.RMSprop(theirs, foreach=False)
     step = torch.compile(compiled.step, backend="tritonopt")
-    with listen() as reports:
+    with backend._listen() as reports:
         for number in range(1, 6):
             for (p,), optimizer, go in ((ours, compiled, step), (theirs, eager, eager.step)):
                 p.grad = torch.full((3,), float(number))

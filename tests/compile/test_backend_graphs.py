@@ -1,39 +1,17 @@
 """Whatever else is in the graph of a stock update, the result is eager's."""
 
-import contextlib
-
 import pytest
 import torch
+from compile_cases import HYPER, complex_parameters, fresh, lists, skip_interpreted
 from torch.optim.rmsprop import rmsprop
 from torch.optim.rprop import rprop
 
 from tritonopt import backend
-from tritonopt.device import INTERPRET
 
-pytestmark = pytest.mark.skipif(INTERPRET, reason="nothing is compiled")
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    with torch.compiler.config.patch(force_disable_caches=True):
-        yield
-    torch._dynamo.reset()
+__all__ = ["fresh"]  # an autouse fixture
+pytestmark = skip_interpreted
 
 
-@contextlib.contextmanager
-def listen():
-    reports = backend.Explanation()
-    backend._listeners.append(reports)
-    try:
-        yield reports
-    finally:
-        backend._listeners.remove(reports)
-
-
-HYPER = {
-    "lr": 0.01, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0.0, "momentum": 0.0, "centered": False
-}  # fmt: skip
 ETAS = {"etaminus": 0.5, "etaplus": 1.2, "step_size_min": 1e-6, "step_size_max": 50.0}
 
 
@@ -88,12 +66,6 @@ def masks_foreach(p, g, v, s, n):
 def two_groups(p, g, v, s, n):
     rmsprop(p[:1], g[:1], v[:1], [], [], n[:1], foreach=True, **HYPER)
     rmsprop(p[1:], g[1:], v[1:], [], [], n[1:], foreach=True, **{**HYPER, "lr": 0.1})
-    return ()
-
-
-def complex_parameters(p, g, v, s, n):
-    lists = [[torch.view_as_complex(t) for t in column] for column in (p, g, v)]
-    rmsprop(*lists, [], [], n, foreach=False, has_complex=True, **HYPER)
     return ()
 
 
@@ -190,48 +162,48 @@ LEFT = {
 }
 
 
-def tensors(dtype=torch.float32):
-    torch.manual_seed(0)
-    columns = [[torch.randn(4, 2, dtype=dtype) for _ in range(3)] for _ in range(4)]
-    columns[2] = [t.square() for t in columns[2]]
-    return [*columns, [torch.zeros(()) for _ in range(3)]]
-
-
-FAST = {masks, two_groups, sgd}
-ROWS = [
-    pytest.param(*row, marks=[] if row[0] in FAST else pytest.mark.slow)
-    for row in {**REPLACED, **LEFT}.items()
+FAST = [masks, two_groups, sgd]
+GROUPS = [
+    *([function] for function in FAST),
+    *(
+        pytest.param([f for f in table if f not in FAST], marks=pytest.mark.slow)
+        for table in (REPLACED, LEFT)
+    ),
 ]
 
 
-@pytest.mark.parametrize(
-    ("function", "expect"),
-    ROWS,
-    ids=lambda x: getattr(x, "__name__", str(x)),
-)
+@pytest.mark.parametrize("functions", GROUPS, ids=lambda some: some[0].__name__)
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_other_graphs(function, expect):
-    compiled = torch.compile(function, backend="tritonopt", fullgraph=True)
-    ours, theirs = tensors(), tensors()
-    with listen() as reports:
-        result, expected = compiled(*ours), function(*theirs)
-    for left, right in zip(sum(ours, []), sum(theirs, []), strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
-    for left, right in zip(result, expected, strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
-    assert {t.data_ptr() for t in result}.isdisjoint(t.data_ptr() for t in sum(ours, []))
+def test_other_graphs(functions):
+    """Several functions are one graph, as Inductor takes seconds for each."""
+
+    def all_of_them(*given):
+        return [function(*columns) for function, columns in zip(functions, given, strict=True)]
+
+    ours, theirs = ([lists() for _ in functions] for _ in range(2))
+    with backend._listen() as reports:
+        results = torch.compile(all_of_them, backend="tritonopt", fullgraph=True)(*ours)
+    expected = all_of_them(*theirs)
+    memory = {t.data_ptr() for columns in ours for column in columns for t in column}
+    assert memory.isdisjoint(t.data_ptr() for result in results for t in result)
+    for function, *both in zip(functions, ours, theirs, results, expected, strict=True):
+        for left, right in (both[:2], map(list, both[2:])):
+            torch.testing.assert_close(
+                left, right, rtol=1e-5, atol=1e-6,
+                msg=lambda text, function=function: f"{function.__name__}: {text}",
+            )  # fmt: skip
     (report,) = reports
-    if function in REPLACED:
-        assert sum(int(line.split()[2]) for line in report.replaced) == expect, str(report)
-    else:
-        assert report.left == ([f"rmsprop, as {expect}"] if expect else []), str(report)
+    count = sum(int(line.split()[2]) for line in report.replaced)
+    assert count == sum(REPLACED.get(function, 0) for function in functions), str(report)
+    reasons = [LEFT[function] for function in functions if LEFT.get(function)]
+    assert report.left == [f"rmsprop, as {reason}" for reason in reasons], str(report)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes(dtype):
     compiled = torch.compile(masks, backend="tritonopt", fullgraph=True)
-    ours, theirs = tensors(dtype), tensors(dtype)
-    with listen() as reports:
+    ours, theirs = lists(dtype), lists(dtype)
+    with backend._listen() as reports:
         compiled(*ours), masks(*theirs)
     tolerance = {"rtol": 3e-2, "atol": 1e-2} if dtype.itemsize == 2 else {"rtol": 1e-12, "atol": 0}
     for left, right in zip(sum(ours, []), sum(theirs, []), strict=True):
@@ -281,5 +253,5 @@ def test_other_backends_trace_what_they_always_did():
         assert not any("tritonopt" in str(node.target) for node in module.graph.nodes)
         return module
 
-    torch.compile(read_between_two, backend=count)(*tensors())
+    torch.compile(read_between_two, backend=count)(*lists())
     assert nodes[0] > 20

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from cases import TORCH
 from compile_cases import (
     BACKENDS,
     KWARGS,
@@ -32,15 +33,14 @@ __all__ = ["fresh"]  # an autouse fixture
 pytestmark = skip_interpreted
 slow = pytest.mark.slow
 SWEEPS = [
-    pytest.param(n, k, marks=[slow] if k or n == "Rprop" else [], id=f"{n}-{k}")
+    pytest.param(n, k, d, marks=[] if (n, k) == ("RMSprop", {}) else slow, id=f"{n}-{k}-{d}")
     for n in NAMES
     for k in KWARGS[n]
+    for d in ((torch.float32, torch.float64, torch.bfloat16) if k else (torch.float32,))
 ]
-SLOW_DTYPES = [pytest.param(d, marks=slow) for d in (torch.float64, torch.bfloat16)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *SLOW_DTYPES], ids=str)
-@pytest.mark.parametrize(("name", "kwargs"), SWEEPS, ids=str)
+@pytest.mark.parametrize(("name", "kwargs", "dtype"), SWEEPS)
 def test_compiled_sweep(name, kwargs, dtype):
     shapes = ((3, 5), (), (0,), (700, 700), (7,))
     params = [torch.nn.Parameter(p.detach().to(dtype)) for p in parameters(shapes)]
@@ -88,11 +88,10 @@ def test_one_graph_for_any_number_of_parameters(count):
     assert graphs() == 1
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("schedule", SCHEDULERS)
-def test_schedulers_need_no_further_graph(schedule, backend):
+def test_schedulers_need_no_further_graph(schedule):
     ours, theirs = optimizers("RMSprop", parameters(((64,), (65,))), lr=0.01, momentum=0.9)
-    ours.compile(backend=backend)
+    ours.compile(backend="aot_eager")
     schedulers = [SCHEDULERS[schedule](o) for o in (ours, theirs)]
     for _ in range(50):
         give_gradients(ours, theirs)
@@ -100,6 +99,22 @@ def test_schedulers_need_no_further_graph(schedule, backend):
         theirs.step()
         for scheduler in schedulers:
             scheduler.step()
+    assert_close(ours, theirs, rtol=1e-3)
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("eps_in_sqrt", [False, True])
+def test_all_options_at_once_are_one_graph(eps_in_sqrt):
+    ours, theirs = optimizers(
+        "RMSprop", parameters(((64,), (65,))), centered=True, momentum=0.9, weight_decay=0.1,
+        bias_correction=True, nesterov=True, maximize=True, eps_in_sqrt=eps_in_sqrt,
+        initial_scale=1.0,  # else the first variance is 0, or what rounding makes of it
+    )  # fmt: skip
+    ours.compile(backend="aot_eager", fullgraph=True)
+    for _ in range(3):
+        give_gradients(ours, theirs)
+        ours.step()
+        theirs.step()
     assert_close(ours, theirs, rtol=1e-3)
     assert graphs() == 1
 
@@ -151,7 +166,7 @@ def test_options_of_torch_compile(monkeypatch):
     give_gradients(ours, theirs)
     ours.step()
     theirs.step()
-    assert seen == [{"dynamic": True, "backend": "aot_eager", "fullgraph": True}]
+    assert seen[0] == {"dynamic": True, "backend": "aot_eager", "fullgraph": True}
     assert_close(ours, theirs, rtol=1e-6)
 
 
@@ -162,8 +177,10 @@ def test_options_of_torch_compile(monkeypatch):
 def through_dynamo(monkeypatch):
     """Counts the updates that dynamo's guards were asked about."""
     calls = []
-    run = Graph.run
-    monkeypatch.setattr(Graph, "run", lambda *args: calls.append(args) or run(*args))
+    through_dynamo = Graph._through_dynamo
+    monkeypatch.setattr(
+        Graph, "_through_dynamo", lambda *args: calls.append(args) or through_dynamo(*args)
+    )
     return calls
 
 
@@ -196,23 +213,18 @@ def test_guards_are_asked_once_per_size_and_numbers(name, through_dynamo):
 
 
 @pytest.mark.slow
-def test_guards_are_asked_where_torch_is_set_otherwise(through_dynamo):
+def test_guards_are_asked_where_torch_is_told_otherwise(through_dynamo):
     ours, theirs = optimizers("RMSprop", parameters(((50,), (60,))))
     ours.compile()
     step_both(ours, theirs)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)
-    try:
-        step_both(ours, theirs)
-    finally:
-        torch.set_num_threads(threads)
-    assert len(through_dynamo) == 2
     with torch.compiler.set_stance("force_eager"):
         step_both(ours, theirs)
-    assert len(through_dynamo) == 3
+    assert len(through_dynamo) == 2
     step_both(ours, theirs)
+    assert len(through_dynamo) == 2
+    torch._dynamo.reset()
     step_both(ours, theirs)
-    assert len(through_dynamo) <= 4
+    assert len(through_dynamo) == 3 and graphs() == 2
     assert_close(ours, theirs, rtol=1e-3)
 
 
@@ -242,12 +254,22 @@ def test_bias_correction_is_a_number_of_the_loop():
     assert_close(ours, theirs, rtol=1e-3)
 
 
-def test_other_backends_are_asked_at_every_step(through_dynamo):
-    ours, theirs = optimizers("RMSprop", parameters(((50,), (60,))))
-    ours.compile(backend="aot_eager")
-    for _ in range(3):
-        step_both(ours, theirs)
-    assert len(through_dynamo) == 3
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_size_may_be_a_constant_of_its_code(dynamic, through_dynamo):
+    """A backend of one's own is called once per graph, and its code at every step."""
+    compiled, ran = [], []
+
+    def backend(module, inputs):
+        compiled.append(module)
+        return lambda *inputs: ran.append(module) or module(*inputs)
+
+    ours, theirs = optimizers("Rprop", parameters(((50,), (60,))))
+    ours.compile(backend=backend, dynamic=dynamic)
+    for missing in ((), (0,), (1,), (), (0,), (1,)):
+        step_both(ours, theirs, missing)
+        assert_close(ours, theirs)
+    assert len(ran) == 6 and len(through_dynamo) == 2  # slabs pad both to 64
+    assert len(compiled) == (1 if dynamic else 2)
 
 
 @pytest.mark.slow
@@ -326,14 +348,18 @@ def test_options_change_between_steps(name, option, backend):
                 group[option] = smaller(group[option])
 
 
-@pytest.mark.parametrize("option", ["lr", "momentum", "weight_decay", "alpha"])
-@pytest.mark.parametrize("kind", [torch.tensor, lambda x: torch.tensor([x]), np.array])
-@pytest.mark.parametrize("backend", [None, *BACKENDS])
+KINDS = [
+    *[(option, torch.tensor) for option in ("lr", "momentum", "weight_decay", "alpha")],
+    *[("lr", kind) for kind in (lambda x: torch.tensor([x]), np.array)],  # torch takes no others
+]
+
+
+@pytest.mark.parametrize(("option", "kind"), KINDS)
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
 def test_options_that_are_tensors_may_be_written_to(option, kind, backend):
-    if kind is not torch.tensor and option != "lr":
-        pytest.skip("torch takes no other option like this")
+    """Equal to torch's optimizer, which shares the tensor."""
     start = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "alpha": 0.9}
-    ours, theirs = optimizers("RMSprop", parameters(((50,), (40, 50))), **start)
+    ours, theirs = optimizers("RMSprop", parameters(((50,), (40, 50))), TORCH, **start)
     if backend:
         ours.compile(backend=backend)
     shared = kind(start[option])
@@ -342,7 +368,7 @@ def test_options_that_are_tensors_may_be_written_to(option, kind, backend):
     for value in (0.9, 0.9, 0.4, 0.4, 0.0, 0.5):
         shared[...] = value
         step_both(ours, theirs)
-        assert_close(ours, theirs, rtol=1e-4 if backend else 0.0)
+        assert_close(ours, theirs, rtol=1e-4 if backend else 1e-5)  # torch: 1 - alpha in fp32
 
 
 def test_switches_that_change():
@@ -374,4 +400,4 @@ def test_numbers_that_change_compile_nothing(name, backend, through_dynamo):
                 if option != "maximize":
                     group[option] = smaller(group[option])
     assert_close(ours, theirs, rtol=0.0 if name == "Rprop" else 1e-4)
-    assert graphs() == 1 and (backend != "inductor" or len(through_dynamo) == 1)
+    assert graphs() == len(through_dynamo) == 1

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +29,11 @@ from torch.optim.rprop import rprop
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tritonopt import ops as ops
-from tritonopt.compile.inductor import check, inductor
 from tritonopt.device import path
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_listeners: list[list[Report]] = []
+_listeners: list[Explanation] = []
 _left: weakref.WeakKeyDictionary[TracingContext, list[str]] = weakref.WeakKeyDictionary()
 
 
@@ -49,13 +48,24 @@ def tritonopt(
 
     Not called by users, but by `torch.compile(fn, backend="tritonopt", mode=..., options=...)`.
     """
-    check(mode, options)
-    report = Report.of(module)
+    inductor = torch._TorchCompileInductorWrapper(mode, options, None)  # raises what torch raises
+    *nodes, output = module.graph.nodes
+    calls = [node for node in nodes if _is_op(node)]
+    report = _report(calls, len(nodes) + 1)
     for reports in _listeners:
         reports.append(report)
-    if report.replaced and _is_update_only(module):
-        return _Calls(module)
-    return inductor(module, inputs, mode=mode, options=options)
+    if calls and not output.all_input_nodes and all(_is_op(n) or _is_given(n) for n in nodes):
+        return module.forward
+    return inductor(module, inputs)  # type: ignore[no-any-return]
+
+
+def _is_op(node: Node) -> bool:
+    return getattr(node.target, "namespace", "") == "tritonopt"
+
+
+def _is_given(node: Node) -> bool:
+    """Whether it is an input, or the item of a tensor that dynamo made of a number."""
+    return node.op in ("placeholder", "get_attr") or node.target == "item"
 
 
 # While dynamo traces.
@@ -91,10 +101,10 @@ def _fake(variable: Any) -> Any:
 
 
 def _why_not(lists: Sequence[Sequence[Any]]) -> str:
-    params, _, *states, steps = lists
+    params, grads, *states, steps = lists
+    tensors = [tensor for column in lists for tensor in column]
     if not params:
         return "there is no gradient"
-    tensors = [tensor for column in lists for tensor in column]
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
         return "a step is a number"
     if any(is_traceable_wrapper_subclass(tensor) for tensor in tensors):
@@ -108,22 +118,21 @@ def _why_not(lists: Sequence[Sequence[Any]]) -> str:
         return f"it is of {dtype}"
     if path(device)[0] is None:
         return path(device)[1]
-    for column in lists[:-1]:
-        for tensor, param in zip(column, params, strict=False):
-            if tensor.dtype != dtype or tensor.device != device:
-                return "it mixes dtypes or devices"
-            if tensor.size() != param.size():
-                return "a gradient or state has not its parameter's shape"
+    if any((t.dtype, t.device) != (dtype, device) for column in lists[:-1] for t in column):
+        return "it mixes dtypes or devices"
+    pairs = [pair for column in (grads, *states) for pair in zip(column, params, strict=False)]
+    if any(tensor.size() != param.size() for tensor, param in pairs):
+        return "a gradient or state has not its parameter's shape"
     written = [t.untyped_storage()._cdata for column in (params, *states, steps) for t in column]
     if len(set(written)) < len(written):
         return "it writes to a memory twice"
-    if not {grad.untyped_storage()._cdata for grad in lists[1]}.isdisjoint(written):
+    if not {grad.untyped_storage()._cdata for grad in grads}.isdisjoint(written):
         return "a gradient is a parameter's memory, or its state's"
     return ""
 
 
-def _substitute(function: Any, count: int, update: Callable[..., None]) -> None:
-    """From now on dynamo traces `update` where the stock optimizer calls `function`.
+def _substitute(function: Any, op: Any, count: int) -> None:
+    """From now on dynamo traces an op where the stock optimizer calls `function`.
 
     `count`: of lists that it takes.
     """
@@ -131,84 +140,71 @@ def _substitute(function: Any, count: int, update: Callable[..., None]) -> None:
         function.__code__, function.__globals__, function.__name__, None, function.__closure__
     )
     name, names = function.__name__, [*inspect.signature(function).parameters][count:]
+    taken = {argument.name for argument in op.default._schema.arguments}
 
     @torch.compiler.substitute_in_graph(function, skip_signature_check=True)
     def traced(*args: Any, **options: Any) -> None:
-        if not _is_wanted() or len(args) < count:
+        lists: Any = args[:count]
+        if not _is_wanted() or len(args) < count or not _takes(name):
             inlined(*args, **options)
             return
-        lists = args[:count]
-        if _takes(name):
-            update(lists, {**dict(zip(names, args[count:], strict=False)), **options})
-        else:
-            inlined(*args, **options)
+        options = {**dict(zip(names, args[count:], strict=False)), **options}
+        if name == "rmsprop":
+            *lists, grad_avgs, buffers, steps = lists
+            buffers = buffers if options["momentum"] > 0 else []
+            lists = [*lists, grad_avgs if options["centered"] else [], buffers, steps]
+        overload = op.tensor_lr if isinstance(options.get("lr"), Tensor) else op.default
+        overload(*lists, **{key: value for key, value in options.items() if key in taken})
 
 
-def _rmsprop(lists: Any, options: dict[str, Any]) -> None:
-    params, grads, square_avgs, grad_avgs, buffers, steps = lists
-    hyper = {name: options[name] for name in ("lr", "alpha", "eps", "weight_decay", "momentum")}
-    is_tensor = isinstance(options["lr"], Tensor)
-    packet = torch.ops.tritonopt.rmsprop_
-    op = packet.tensor_lr if is_tensor else packet.default
-    op(
-        params, grads, square_avgs, grad_avgs if options["centered"] else [],
-        buffers if options["momentum"] > 0 else [], steps,
-        maximize=options.get("maximize", False), **hyper,
-    )  # fmt: skip
-
-
-def _rprop(lists: Any, options: dict[str, Any]) -> None:
-    names = ("etaminus", "etaplus", "step_size_min", "step_size_max")
-    hyper = {name: options[name] for name in names}
-    torch.ops.tritonopt.rprop_.default(*lists, maximize=options.get("maximize", False), **hyper)
-
-
-_substitute(rmsprop, 6, _rmsprop)
-_substitute(rprop, 5, _rprop)
+_substitute(rmsprop, torch.ops.tritonopt.rmsprop_, 6)
+_substitute(rprop, torch.ops.tritonopt.rprop_, 5)
 
 
 # What became of it.
 
 
-def _is_op(node: Node) -> bool:
-    return getattr(node.target, "namespace", "") == "tritonopt"
-
-
-@dataclass
-class Report:
+class Report(NamedTuple):
     """What became of one graph."""
 
-    replaced: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
-    nodes: int = 0
-
-    @classmethod
-    def of(cls, module: GraphModule) -> Report:
-        context = TracingContext.try_get()
-        left = [] if context is None else _left.get(context, [])
-        report = cls(left=left, nodes=len(module.graph.nodes))
-        for node in filter(_is_op, module.graph.nodes):
-            title = {"rmsprop_": "RMSprop", "rprop_": "Rprop"}[node.target._opname]  # type: ignore[union-attr]
-            options = ", ".join(f"{name}={value}" for name, value in node.kwargs.items())
-            report.replaced.append(f"{title} of {len(node.args[0])} parameters ({options})")  # type: ignore[arg-type]
-        return report
+    replaced: list[str]
+    left: list[str]
+    nodes: int
 
     def __str__(self) -> str:
         lines = [f"replaced: {what}" for what in self.replaced]
         lines += [f"left to Inductor: {what}" for what in self.left]
-        return "\n".join(lines or ["left to Inductor: no step of a stock RMSprop or Rprop"])
+        return "\n  ".join(lines or ["left to Inductor: no step of a stock RMSprop or Rprop"])
 
 
 class Explanation(list[Report]):
     """One report per graph that was compiled."""
 
     def __str__(self) -> str:
-        if not self:
-            return "no graph was compiled: nothing had to be computed (are there gradients?)"
-        return "\n".join(
-            f"graph {index}, {report.nodes} nodes\n  " + str(report).replace("\n", "\n  ")
-            for index, report in enumerate(self)
-        )
+        lines = [f"graph {i}, {report.nodes} nodes\n  {report}" for i, report in enumerate(self)]
+        nothing = "no graph was compiled: nothing had to be computed (are there gradients?)"
+        return "\n".join(lines) or nothing
+
+
+def _report(calls: list[Any], nodes: int) -> Report:
+    context = TracingContext.try_get()
+    replaced = []
+    for call in calls:
+        title = ops.RULES[call.target._opname].title
+        options = ", ".join(f"{name}={value}" for name, value in call.kwargs.items())
+        replaced.append(f"{title} of {len(call.args[0])} parameters ({options})")
+    return Report(replaced, [] if context is None else _left.get(context, []), nodes)
+
+
+@contextmanager
+def _listen() -> Iterator[Explanation]:
+    """Collects what becomes of graphs that are compiled now."""
+    reports = Explanation()
+    _listeners.append(reports)
+    try:
+        yield reports
+    finally:
+        _listeners[:] = [known for known in _listeners if known is not reports]
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -224,62 +220,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
           replaced: RMSprop of 2 parameters (maximize=False, lr=0.01, alpha=0.99, eps=1e-08, ...)
     """
     torch._dynamo.reset()
-    reports = Explanation()
-    _listeners.append(reports)
-    try:
+    with _listen() as reports:
         torch.compile(fn, backend=tritonopt)(*args, **kwargs)
-    finally:
-        _listeners.remove(reports)
-        torch._dynamo.reset()
+    torch._dynamo.reset()
     return reports
-
-
-# A graph with nothing but ops: there is nothing to compile, and few Python lines to run.
-
-
-def _is_number(node: Node) -> bool:
-    """Whether the node gets a number that changes out of the tensor that dynamo made of it."""
-    return node.op == "call_method" and node.target == "item"
-
-
-def _is_update_only(module: GraphModule) -> bool:
-    *nodes, output = module.graph.nodes
-    return not output.all_input_nodes and all(
-        node.op in ("placeholder", "get_attr") or _is_number(node) or _is_op(node) for node in nodes
-    )
-
-
-class _Calls:
-    def __init__(self, module: GraphModule) -> None:
-        nodes = module.graph.nodes
-        self.inputs = [node.name for node in nodes if node.op == "placeholder"]
-        # Weak, as the optimizer's tensors die with the optimizer and not with its code.
-        self.attributes = {
-            node.name: weakref.ref(_attribute(module, str(node.target)))
-            for node in nodes
-            if node.op == "get_attr"
-        }
-        self.calls = [node for node in nodes if _is_number(node) or _is_op(node)]
-        self.result = next(iter(reversed(nodes))).args[0]
-
-    def __call__(self, *inputs: Any) -> Any:
-        values = dict(zip(self.inputs, inputs, strict=True))
-        values.update({name: attribute() for name, attribute in self.attributes.items()})
-        for node in self.calls:
-            if _is_number(node):
-                values[node.name] = values[node.args[0].name].item()  # type: ignore[union-attr]
-                continue
-            lists = [[values[x.name] for x in column] for column in node.args]  # type: ignore[union-attr]
-            hyper = {
-                name: values[value.name] if isinstance(value, Node) else value
-                for name, value in node.kwargs.items()
-            }
-            node.target(*lists, **hyper)  # type: ignore[operator]
-        return self.result
-
-
-def _attribute(module: GraphModule, target: str) -> Tensor:
-    value: Any = module
-    for name in target.split("."):
-        value = getattr(value, name)
-    return value  # type: ignore[no-any-return]

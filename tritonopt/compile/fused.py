@@ -1,7 +1,8 @@
 """The sweep of `Optimizer.compile()`: Inductor fuses the eager rule to one loop over a flat span.
 
 A graph takes one flat tensor per column, whatever the number of parameters, with dynamic sizes:
-spans and large tensors of all sizes share it.
+spans and large tensors of all sizes share it. Dynamo traces it, guards it, and runs it where it has
+not yet run; where it has, its code is called past dynamo.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ import threading
 from collections.abc import Callable, Sequence
 from operator import itemgetter
 from types import FunctionType, NoneType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import GlobalStateGuard
-from torch._dynamo import eval_frame
+from torch._dynamo import eval_frame, lookup_backend
+from torch._inductor import config
+from torch.backends.cpu import get_cpu_capability
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from tritonopt.compile.inductor import inductor, trust_processor
 from tritonopt.eager import Scratch
 from tritonopt.sweep import RECENT_ROOMS, SERIAL, Sweep
 
@@ -30,54 +32,41 @@ _graphs: dict[Any, Graph] = {}
 class CompiledSweep(Sweep):
     path = "compiled"  # in `describe()`
 
-    def __init__(
-        self,
-        rule: Callable[..., None],
-        params: Sequence[Tensor],
-        columns: Sequence[Sequence[Tensor] | None],
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(rule, params, columns)
+    def __init__(self, *lists: Any, **kwargs: Any) -> None:
+        super().__init__(*lists)
         self.kwargs = kwargs
-        self._shortcuts: dict[tuple[int, torch.dtype], Shortcut] = {}  # of gradients
+        # Of few and of many elements, and by the gradient's dtype: graph, numbers, what they are of
+        self._known: dict[Any, tuple[Graph, Tensor, dict[str, Any]]] = {}
 
     def _piece(self, params: Sequence[Tensor]) -> int:
         return 2**62  # a fused loop needs no pieces that stay in cache
 
     def _update(self, flats: Sequence[Tensor | None], grad: Tensor, hyper: dict[str, Any]) -> None:
         hyper = _immutable(hyper)
-        kind = grad.numel(), grad.dtype
-        shortcut = self._shortcuts.get(kind)
-        if shortcut is not None and shortcut.fits(hyper):
-            shortcut.take(grad, flats)
-        elif grad.numel() < 2:  # sizes 0 and 1 would each be a graph of their own
-            super()._update(flats, grad, hyper)
-        else:
-            shortcut = self._through_dynamo(flats, grad, hyper)
-            if len(self._shortcuts) >= RECENT_ROOMS:
-                self._shortcuts.clear()
-            if shortcut is not None:
-                self._shortcuts[kind] = shortcut
-
-    def _through_dynamo(
-        self, flats: Sequence[Tensor | None], grad: Tensor, hyper: dict[str, Any]
-    ) -> Shortcut | None:
-        """Updates; how to do the same without dynamo, if that can be told."""
-        constants = {name: value for name, value in hyper.items() if _is_constant(name, value)}
-        names = [name for name in hyper if name not in constants]
-        numbers = _numbers(hyper, names)
-        bare = [None if flat is None else _bare(flat) for flat in flats]
-        grad = _bare(grad)
         numel = grad.numel()
-        dtypes = [flat if flat is None else flat.dtype for flat in (*flats, grad)]
-        graph = _graph(self.rule, dtypes, numel > SERIAL, constants, self.kwargs)
-        # Else dynamo makes symbols of floats, and bakes in their values without a guard.
-        with torch._dynamo.config.patch(specialize_float=True):
-            ran = graph.run(self.rule, self.dtype, bare, grad, constants, names, numbers)
-        if ran is None:
-            return None
-        order = _order(ran.inputs, [numel, numbers, grad, *bare])
-        return None if order is None else Shortcut(ran.code, order, numel, names, numbers, hyper)
+        if numel < 2:  # sizes 0 and 1 would each be a graph of their own
+            super()._update(flats, grad, hyper)
+            return
+        kind = numel > SERIAL, grad.dtype
+        known = self._known.get(kind)
+        if known is None or known[2] != hyper:
+            known = self._known[kind] = (*self._graph(*kind, hyper), hyper)
+        graph, numbers, _ = known
+        graph.run([numel, numbers, grad, *flats])
+
+    def _graph(self, many: bool, dtype: torch.dtype, hyper: dict[str, Any]) -> tuple[Graph, Tensor]:
+        """The graph of an update, and the numbers that are its input."""
+        constants = {name: value for name, value in hyper.items() if _is_constant(name, value)}
+        numbers = {name: float(v) for name, v in hyper.items() if name not in constants}
+        dtypes = [column and column[0].dtype for column in self.columns]
+        options = sorted((name, repr(value)) for name, value in self.kwargs.items())
+        kind = self.rule, many, dtype, *dtypes, *constants.items(), *numbers, *options
+        if kind not in _graphs:
+            loop = PARALLEL_LOOP if many else SERIAL_LOOP
+            fixed = self.rule, self.dtype, constants, [*numbers]
+            _graphs[kind] = Graph(fixed, self.kwargs, loop)
+        values = torch.tensor([*numbers.values()], dtype=torch.float64, device="cpu")
+        return _graphs[kind], values
 
 
 def _immutable(hyper: dict[str, Any]) -> dict[str, Any]:
@@ -91,15 +80,6 @@ def _immutable(hyper: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _bare(tensor: Tensor) -> Tensor:
-    """The same memory, told from no other: neither a view nor with an offset, on which dynamo has
-    guards, and of which it makes symbols."""
-    tensor = tensor.detach()
-    if tensor.storage_offset() == 0:
-        return tensor.data
-    return torch.from_dlpack(torch.utils.dlpack.to_dlpack(tensor))
-
-
 def _is_constant(name: str, value: Any) -> bool:
     """Whether the value decides about the graph. Other numbers are its inputs."""
     if isinstance(value, (bool, str, NoneType)):
@@ -108,132 +88,91 @@ def _is_constant(name: str, value: Any) -> bool:
     return (name == "weight_decay" and value == 0) or (name == "alpha" and value <= 0.5)
 
 
-def _numbers(hyper: dict[str, Any], names: list[str]) -> Tensor:
-    """One input for all of them: each input of a graph costs 2 us per call."""
-    values = [float(hyper[name]) for name in names]
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
-
-
 class Graph:
-    """A compiled update, shared by all optimizers of the same dtypes, constants and options."""
+    """A compiled update, shared by all optimizers of the same dtypes, constants and options.
 
-    def __init__(self, kwargs: dict[str, Any], loop: dict[str, Any]) -> None:
-        self._loop = loop
+    It is a backend of dynamo itself: the one it is asked for, which also keeps the code.
+    """
+
+    def __init__(
+        self, fixed: tuple[Any, ...], kwargs: dict[str, Any], loop: dict[str, Any]
+    ) -> None:
+        self._fixed, self._loop = fixed, loop
+        self._backend = kwargs.get("backend", "inductor")
         # With a code object of its own: dynamo limits the graphs per code object, and would run
         # what is beyond the limit without compiling it.
         function = FunctionType(update.__code__.replace(), globals(), update.__name__)
         kwargs = {"dynamic": True, **kwargs}
-        self._compiled = torch.compile(function, **kwargs)  # raises where an option is wrong
-        if kwargs.get("backend", "inductor") == "inductor":
-            trust_processor()
-            self._compiled = torch.compile(function, **{**kwargs, "backend": self._inductor})
-        self._ran = threading.local()
+        torch.compile(function, **kwargs)  # raises where an option is wrong
+        self._compiled = torch.compile(function, **{**kwargs, "backend": self})
+        self._lock = threading.RLock()
+        self._inputs: list[Any] = []
+        self.reset()
 
-    def run(self, *args: Any) -> Ran | None:
-        """Updates; what ran, if it was Inductor's code."""
-        self._ran.last = None
-        self._compiled(*args)
-        ran, self._ran.last = self._ran.last, None
-        return ran
+    def reset(self) -> None:
+        """Forgets what was compiled, as dynamo does when it calls this."""
+        self._codes: dict[int, tuple[Any, ...]] = {}  # by the number of elements
 
-    def _inductor(
-        self, module: Any, inputs: Any, options: dict[str, Any] | None = None, **mode: Any
-    ) -> Callable[..., Any]:
-        """Torch's backend of that name, whose code notes when it runs."""
-        options = options or {}
-        if not options.keys() & {*SERIAL_LOOP, *PARALLEL_LOOP}:
-            options = {**options, **self._loop}
-        code = inductor(module, inputs, options=options, **mode)
+    def run(self, inputs: list[Any]) -> None:
+        """Updates, past dynamo if it has run for so many elements under the same stance.
+
+        Its guards and frames cost 30 us, 100 us if cold. They look at dtypes and constants, which
+        are this graph's own, at sizes, and at torch's settings, which an update does not depend on.
+        """
+        stance, code, pick = self._codes.get(inputs[0], (None, None, None))
+        if stance is eval_frame._stance:
+            code(*pick(inputs))
+        else:
+            self._through_dynamo(inputs)
+
+    def _through_dynamo(self, inputs: list[Any]) -> None:
+        numel, numbers, *tensors = inputs
+        # The same memory, but no views, on which dynamo has guards, and of whose offsets symbols.
+        bare = [t if t is None else from_dlpack(to_dlpack(t.detach())) for t in tensors]
+        # Else dynamo makes symbols of floats, and bakes in their values without a guard.
+        with self._lock, torch._dynamo.config.patch(specialize_float=True):
+            self._inputs = [numel, numbers, *bare]
+            self._compiled(*self._fixed, numbers, *bare)
+            self._inputs = []
+
+    def __call__(self, module: Any, inputs: Any, **given: Any) -> Callable[..., Any]:
+        eval_frame.cached_backends[id(self)] = self  # those of which a reset of dynamo tells
+        if self._backend == "inductor":
+            options = given.get("options") or {}
+            if not options.keys() & {*SERIAL_LOOP, *PARALLEL_LOOP}:
+                options = {**options, **self._loop}
+            # Torch knows that it can use the processor's AVX instructions. Inductor would compile
+            # a program for each set of them: without its cache that is 4 of 10 s to the first step.
+            if config.cpp.vec_isa_ok is None and get_cpu_capability() in ("AVX2", "AVX512"):
+                options = {"cpp.vec_isa_ok": True, **options}
+            inductor = torch._TorchCompileInductorWrapper(given.get("mode"), None, None)
+            inductor.apply_options(options)
+            code = inductor(module, inputs)
+        else:
+            code = lookup_backend(self._backend)(module, inputs, **given)
 
         def noted(*inputs: Any) -> Any:
-            self._ran.last = Ran(code, inputs)
+            """Runs the code, and keeps it with the order of its inputs."""
+            places = {id(known): place for place, known in enumerate(self._inputs)}
+            order = [0 if isinstance(x, int) else places.get(id(x)) for x in inputs]
+            if None not in order:
+                if len(self._codes) >= RECENT_ROOMS:
+                    self.reset()
+                self._codes[self._inputs[0]] = eval_frame._stance, code, itemgetter(*order)
             return code(*inputs)
 
-        return noted
-
-
-class Ran(NamedTuple):
-    code: Callable[..., Any]
-    inputs: tuple[Any, ...]
-
-
-class Shortcut:
-    """The way to compiled code past dynamo, whose guards and frames cost 30 us, 100 us if cold.
-
-    The guards look at dtypes, sizes, hyperparameters and torch's global state. Sizes and dtypes are
-    the sweep's; while all the others are the same, so is the code. Numbers that are inputs may
-    change.
-    """
-
-    def __init__(
-        self,
-        code: Callable[..., Any],
-        order: list[int],
-        numel: int,
-        names: list[str],
-        numbers: Tensor,
-        hyper: dict[str, Any],
-    ) -> None:
-        self.code = code
-        self.pick = itemgetter(*order)
-        self.numel = numel
-        self.names = names
-        self.numbers = numbers
-        self.hyper = hyper
-        self.state = GlobalStateGuard()
-        self.stance = eval_frame._stance
-
-    def fits(self, hyper: dict[str, Any]) -> bool:
-        if eval_frame._stance is not self.stance or not self.state.check():
-            return False
-        return hyper == self.hyper or self._take_over(hyper)
-
-    def _take_over(self, hyper: dict[str, Any]) -> bool:
-        """Makes other numbers its inputs, if nothing else has changed."""
-        changed = [name for name, value in hyper.items() if value != self.hyper[name]]
-        if any(name not in self.names or _is_constant(name, hyper[name]) for name in changed):
-            return False
-        self.numbers = _numbers(hyper, self.names)
-        self.hyper = hyper
-        return True
-
-    def take(self, grad: Tensor, flats: Sequence[Tensor | None]) -> None:
-        self.code(*self.pick((self.numel, self.numbers, grad, *flats)))
-
-
-def _order(inputs: Sequence[Any], known: Sequence[Any]) -> list[int] | None:
-    """Where the inputs of a graph stand among known ones; None if any is something else."""
-    order = []
-    for x in inputs:
-        same = [i for i, y in enumerate(known) if x is y or (type(x) is type(y) is int and x == y)]
-        if not same:
-            return None
-        order.append(same[0])
-    return order
-
-
-def _graph(
-    rule: Callable[..., None],
-    dtypes: list[Any],
-    many: bool,
-    constants: dict[str, Any],
-    kwargs: dict[str, Any],
-) -> Graph:
-    options = tuple(sorted((name, repr(value)) for name, value in kwargs.items()))
-    key = (rule, tuple(dtypes), many, tuple(constants.items()), options)
-    if key not in _graphs:
-        _graphs[key] = Graph(kwargs, PARALLEL_LOOP if many else SERIAL_LOOP)
-    return _graphs[key]
+        # Where dynamo breaks the graph of a rule, none of its graphs is the whole update.
+        return code if module.graph.output_node().all_input_nodes else noted
 
 
 def update(
     rule: Callable[..., None],
     dtype: torch.dtype,
-    flats: list[Tensor | None],
-    grad: Tensor,
     constants: dict[str, Any],
     names: list[str],
     numbers: Tensor,
+    grad: Tensor,
+    *flats: Tensor | None,
 ) -> None:
     """One step in the compute dtype; Inductor makes the copies part of the loop."""
     hyper = {**constants, **dict(zip(names, numbers.unbind(), strict=True))}

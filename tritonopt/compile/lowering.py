@@ -25,7 +25,7 @@ from torch._inductor.lowering import lowerings
 from torch._inductor.virtualized import V
 from torch.fx import Node
 
-from tritonopt import ops
+from tritonopt.compile.functional import TWINS, written
 
 _aten = torch.ops.aten
 AS_STRIDED = {_aten.as_strided.default, _aten.as_strided_.default, _aten.as_strided_scatter.default}
@@ -43,10 +43,8 @@ class Home:
 
 
 def register() -> None:
-    for name in ops.SCHEMAS:
-        packet, _, kind = name.partition(".")
-        overload = getattr(getattr(torch.ops.tritonopt, packet), kind or "default")
-        lowerings.setdefault(ops._twin(overload), partial(_lower, overload))
+    for overload, twin in TWINS.items():
+        lowerings.setdefault(twin, partial(_lower, overload))
 
 
 def _lower(overload: Any, *lists: Any, **hyper: Any) -> list[ir.TensorBox]:
@@ -57,10 +55,10 @@ def _lower(overload: Any, *lists: Any, **hyper: Any) -> list[ir.TensorBox]:
         if copy.args[0].op == "placeholder"
     }
     taken: set[int] = set()
-    arguments = ops._written(node.args)
+    arguments = written(node.args)
     homes = [
         _home(argument, box, finals, taken)
-        for argument, box in zip(arguments, ops._written(lists), strict=True)
+        for argument, box in zip(arguments, written(lists), strict=True)
     ]
     _keep_old(node, {home.input for home in homes} & {*arguments})
     names = [home.box.get_name() for home in homes]
@@ -74,9 +72,7 @@ def _lower(overload: Any, *lists: Any, **hyper: Any) -> list[ir.TensorBox]:
     for name in names:
         V.graph.mark_buffer_mutated(name)
     boxes = iter([home.box for home in homes])
-    params, *states = [
-        list(islice(boxes, len(column))) for i, column in enumerate(lists) if i != 1
-    ]
+    params, *states = [list(islice(boxes, len(column))) for i, column in enumerate(lists) if i != 1]
     ir.FallbackKernel.create(overload, params, grads, *states, **hyper)
     node.meta[_HOMES] = homes
     _forget_copies(node, homes, finals)
