@@ -87,7 +87,7 @@ class Plan:
                 param, states = lists.params[i], [c[i].dtype for c in lists.columns if c]
                 kind = param.device, param.dtype, self.grad_dtypes[i], *states
                 self.members.setdefault(kind, []).append(i)
-        self.steps_at: list[int] = []
+        self.steps_at: list[int] | None = None
         self._place(lists)
 
     def _place(self, lists: Lists) -> None:
