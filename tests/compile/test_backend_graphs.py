@@ -162,7 +162,7 @@ LEFT = {
 }
 
 
-FAST = [masks, two_groups, sgd]
+FAST = [masks, two_groups]
 GROUPS = [
     *([function] for function in FAST),
     *(

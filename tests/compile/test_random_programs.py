@@ -317,7 +317,7 @@ def test_public_ops_under_inductor(programs):
     check_together(programs, "inductor", op)
 
 
-@pytest.mark.parametrize("programs", [*together(20, 20), *slow(together(2000, 100))])
+@pytest.mark.parametrize("programs", [*together(20, 36, 12), *slow(together(2000, 100))])
 def test_public_ops(programs):
     check_together(programs, "aot_eager", op)
 
@@ -338,7 +338,7 @@ def test_stock_optimizers(program):
     check_optimizers(program, "tritonopt", torch.optim)
 
 
-@pytest.mark.parametrize("program", [*single(70, 17), *slow(single(5000, 60))])
+@pytest.mark.parametrize("program", [*single(70, 4), *slow(single(5000, 60))])
 def test_optimizers(program):
     check_optimizers(program, "aot_eager", tritonopt)
 
