@@ -194,7 +194,7 @@ def step_both(ours, theirs, missing=()):
 @pytest.mark.parametrize("name", NAMES)
 def test_guards_are_asked_once_per_size_and_numbers(name, through_dynamo):
     """Wherever in a slab the memory lies: the vectors, as two pieces, in the middle of one."""
-    shapes = ((300, 300), (50,), (60,), (9, 9, 999), (40,), (90,))
+    shapes = ((300, 300), (64,), (96,), (9, 9, 999), (32,), (96,))
     ours, theirs = optimizers(name, parameters(shapes))
     ours.compile()
     for count, missing in [(4, ()), (4, ()), (5, (1,)), (5, (1,)), (5, ())]:
@@ -214,7 +214,7 @@ def test_guards_are_asked_once_per_size_and_numbers(name, through_dynamo):
 
 @pytest.mark.slow
 def test_guards_are_asked_where_torch_is_told_otherwise(through_dynamo):
-    ours, theirs = optimizers("RMSprop", parameters(((50,), (60,))))
+    ours, theirs = optimizers("RMSprop", parameters(((64,), (96,))))
     ours.compile()
     step_both(ours, theirs)
     with torch.compiler.set_stance("force_eager"):
@@ -230,7 +230,7 @@ def test_guards_are_asked_where_torch_is_told_otherwise(through_dynamo):
 
 @pytest.mark.slow
 def test_numbers_that_are_none(through_dynamo):
-    ours, theirs = optimizers("RMSprop", parameters(((50,), (60,))))
+    ours, theirs = optimizers("RMSprop", parameters(((64,), (96,))))
     ours.compile()
     for lr in (1e-2, float("inf"), float("nan"), 1e-3):
         for optimizer in (ours, theirs):
