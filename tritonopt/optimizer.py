@@ -75,9 +75,8 @@ from tritonopt.group import Group
 from tritonopt.plan import Rule
 from tritonopt.rule import RuleOptimizer
 from tritonopt.scaling import NONE, Scaling, scaled, scaling, total_norm
-from tritonopt.state import pack_on_accelerator
 from tritonopt.sweep import Sweep
-from tritonopt.units import Units, Work, has_fused_amp
+from tritonopt.units import Work, has_fused_amp
 
 __all__ = ["FusedOptimizer", "Rule"]
 
@@ -94,7 +93,6 @@ class FusedOptimizer(RuleOptimizer):
 
     _sweep: Callable[..., Sweep] = Sweep
     _compile_kwargs: dict[str, Any] | None = None
-    _units: Units
     max_grad_norm: float | None = None  # over all groups
     grad_norm: Tensor | None = None  # before clipping, of the last step with max_grad_norm
 
@@ -118,60 +116,10 @@ class FusedOptimizer(RuleOptimizer):
             raise RuntimeError("`fused_amp` does not support `differentiable`")
         self._begin(options or {})
 
-    def _begin(self, options: dict[str, Any]) -> None:
-        # Groups hold an option only where it is in force: a distributed checkpoint must have every
-        # key of a group, and one of torch's optimizer has torch's keys.
-        options = {name: v for name, v in options.items() if v != self._options[name]}
-        self.defaults.update(options)
-        for group in self.param_groups:
-            for name, value in options.items():
-                group.setdefault(name, value)
-            self._check(group)
-        self._units = Units(self)
-        self._pack(self.param_groups)
-
-    def _pack(self, groups: Sequence[dict[str, Any]]) -> None:
-        self._units.packed = False  # what lies on a CPU is packed at the next step
-        for group in groups:
-            on_accelerator = [param for param in group["params"] if not param.is_cpu]
-            if on_accelerator and not self._why_torch(group):
-                pack_on_accelerator(on_accelerator)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        built = "_units" in vars(self)  # not while the constructor adds the first groups
-        if built and isinstance(param_group, dict):
-            self._check({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        if built:
-            self._check(self.param_groups[-1])
-            self._pack(self.param_groups[-1:])
-
-    def __getstate__(self) -> dict[str, Any]:
-        names = {"max_grad_norm", "_step_supports_amp_scaling", "_compile_kwargs"}
-        kept = names & vars(self).keys()
-        return {**super().__getstate__(), **{name: vars(self)[name] for name in kept}}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        before = vars(self).get("param_groups", [])
         super().__setstate__(state)
-        for old, group in zip(before, self.param_groups, strict=False):
-            for name in self._options:  # which a checkpoint of torch's optimizer does not know
-                if name in old:
-                    group.setdefault(name, old[name])
-        self._units = Units(self)
-        if has_fused_amp(self):  # a skipped step is not counted, which only the device knows
-            for param, entry in self.state.items():
-                if isinstance(param, Tensor) and isinstance(entry.get("step"), Tensor):
-                    entry["step"] = entry["step"].to(param.device)
         if self._compile_kwargs is not None:
             self.compile(**self._compile_kwargs)
-
-    def _adopt(self) -> None:
-        """Takes over after `__class__` was changed from torch's optimizer."""
-        self._patch_step_function()  # hooks and profiler names, once per class
-        self._begin(self._options)
-
-    # The step.
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
