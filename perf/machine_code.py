@@ -106,7 +106,7 @@ MOST = {
     "rmsprop": {"cuda": (48, 48, 96), "hip": (48, 56, 64)},
     "rmsprop, all of torch": {"cuda": (72, 72, 128), "hip": (56, 64, 112)},
     "rmsprop, all": {"cuda": (80, 88, 152), "hip": (64, 64, 128)},
-    "rprop": {"cuda": (48, 48, 88), "hip": (48, 48, 72)},
+    "rprop": {"cuda": (48, 48, 88), "hip": (48, 56, 72)},
     "norm": {"cuda": (48, 48, 80), "hip": (48, 56, 80)},
 }
 """Registers of a thread at most, in halves, fp32 and fp64: what triton 3.6 to 3.8 take, rounded up

@@ -97,12 +97,12 @@ class Group:
         self.plan = None
         self.sharded = any(map(is_sharded, self.native))
         self._native_entries = [state[param] for param in self.native]
+        self._values = [*chain.from_iterable(map(dict.values, self._native_entries)), *_END]
+        lists = self._gather()
+        self._lists = lists._replace(grads=())  # no gradient is kept
         if self.native:
-            self._values = [*chain.from_iterable(map(dict.values, self._native_entries)), *_END]
-            lists = self._gather()
             with torch.inference_mode(False):
                 self.plan = Plan(self.rule, lists, self.optimizer._sweep)
-            self._lists = lists._replace(grads=())  # no gradient is kept
         self.params = params
 
     def _keys(self) -> set[str]:

@@ -29,8 +29,7 @@ class Units:
 
     def forget(self) -> None:
         self.groups: dict[tuple[int, int], Group] = {}  # by the first param group, and the end
-        self._param_groups: list[Any] = []
-        self._values: list[Any] | None = None  # of the options that made the groups
+        self._seen: list[Any] = []  # the param groups and options that they were made of
 
     def look(self, skip: Tensor | None) -> Work | None:
         """The groups, each with the gradients for its plan; None: do nothing.
@@ -54,10 +53,11 @@ class Units:
 
     def _divide(self) -> None:
         """Makes the groups, if options are not what they were."""
-        optimizer, watched = self.optimizer, why_watched()
-        groups = optimizer.param_groups
-        values = [[watched, *map(group.get, optimizer._names)] for group in groups]
-        if values == self._values and all(map(is_, groups, self._param_groups)):
+        optimizer, groups = self.optimizer, self.optimizer.param_groups
+        values = [list(map(group.get, optimizer._names)) for group in groups]
+        seen = [why_watched(), *groups, *chain.from_iterable(values)]
+        # Not whether they are equal: a number and a tensor that was rounded are.
+        if len(seen) == len(self._seen) and all(map(is_, seen, self._seen)):
             return
         for group in groups:
             optimizer._check(group)
@@ -71,8 +71,7 @@ class Units:
             group = Group(optimizer, groups[slice(*place)])
             known = before.get(place)
             self.groups[place] = known.with_options_of(group) if known else group
-        self._param_groups = list(groups)
-        self._values = values if fixed else None  # else they are looked at at every step
+        self._seen = seen if fixed else []  # else they are looked at at every step
 
     def _look_again(self, stale: Sequence[Group], skip: Tensor | None) -> bool:
         """Looks at groups anew, once their missing state has been made; False: do nothing."""

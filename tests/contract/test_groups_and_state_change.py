@@ -339,3 +339,16 @@ def test_what_two_groups_share_is_packed_with_a_first_gradient():
         for optimizer in optimizers:
             optimizer.step()
         assert_follows(*optimizers, params, copies, rtol=0.02, atol=0.02)
+
+
+def test_a_tensor_in_place_of_the_number_that_it_is_rounded_from(name):
+    """They are equal, and yet not the same: neighbours are no longer alike."""
+    params = [torch.nn.Parameter(torch.randn(3, dtype=torch.float64)) for _ in range(2)]
+    copies = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    ours = OURS[name]([{"params": [param]} for param in params], lr=0.01)
+    theirs = TORCH[name]([{"params": [copy]} for copy in copies], lr=0.01, foreach=False)
+    follow(ours, theirs, params, copies, steps=1)
+    for optimizer in (ours, theirs):
+        optimizer.state.clear()
+        optimizer.param_groups[1]["lr"] = torch.tensor(0.01)
+    follow(ours, theirs, params, copies, steps=2)
