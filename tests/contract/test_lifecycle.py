@@ -18,7 +18,7 @@ from tritonopt.device import INTERPRET, path
 
 KERNEL = path(torch.device("cpu"))[0] != "eager"  # rounds a square root otherwise
 EXAMPLES = int(os.environ.get("LIVES", 4 if INTERPRET else 20))  # of each optimizer
-MANY = int(os.environ.get("LIVES", 20 if INTERPRET else 600))
+MANY = int(os.environ.get("LIVES", 20 if INTERPRET else 300))
 SHAPES = [(), (0,), (1,), (3,), (3,), (2, 3), (2, 3), (2, 3), (2, 2, 3, 2), (1, 3, 1, 2), (70,)]
 OPTIONS = {
     "RMSprop": {
