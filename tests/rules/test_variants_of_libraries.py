@@ -11,40 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-import tritonopt
-
-STARTS, WIDTH = 20, 4
-STEPS = 50
-
-
-def valley(w: Tensor) -> Tensor:
-    """A curved valley of each start: Rosenbrock's function, scaled, and a bowl."""
-    a, b = w[..., :-1], w[..., 1:]
-    return (5 * (b - a**2) ** 2 + (1 - a) ** 2).sum() + 0.1 * w.square().sum()
-
-
-def random_starts() -> Tensor:
-    return torch.randn(STARTS, WIDTH, dtype=torch.float64, generator=torch.manual_seed(3))
-
-
-def train(optimizer: Any, params: Any, steps: int = STEPS) -> None:
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = torch.stack([valley(param) for param in params]).sum()
-        loss.backward()
-        return loss
-
-    for _ in range(steps):
-        optimizer.step(closure)
-
-
-def trained(name: str, start: Tensor, steps: int = STEPS, **options: Any) -> Tensor:
-    param = torch.nn.Parameter(start.clone())
-    train(getattr(tritonopt, name)([param], **options), [param], steps)
-    return param.detach()
-
+from variant_cases import STEPS, random_starts, train, trained, valley
 
 # Against the libraries.
 
