@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain, compress, cycle
-from operator import is_, is_not
+from operator import is_, is_not, itemgetter
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ from tritonopt.shard import is_sharded, local, same_shards
 from tritonopt.span import all_given
 
 _CAPTURABLE = _get_capturable_supported_devices()
-_END = (None,)  # of lists that are compared in pairs: else a shorter one would equal a longer one
 
 
 class Stale(Exception):
@@ -97,7 +96,6 @@ class Group:
         self.plan = None
         self.sharded = any(map(is_sharded, self.native))
         self._native_entries = [state[param] for param in self.native]
-        self._values = [*chain.from_iterable(map(dict.values, self._native_entries)), *_END]
         lists = self._gather()
         self._lists = lists._replace(grads=())  # no gradient is kept
         if self.native:
@@ -134,8 +132,11 @@ class Group:
     def _grads(self) -> list[Tensor | None]:
         return [param.grad for param in self.native]
 
-    def gradients(self) -> Sequence[Tensor | None]:
-        """The gradients as the plan needs them, if all is as it was; else raises Stale."""
+    def gradients(self, same_entries: bool) -> Sequence[Tensor | None]:
+        """The gradients as the plan needs them, if all is as it was; else raises Stale.
+
+        `same_entries`: the optimizer's state is known to have the same ones for its parameters.
+        """
         params, get = self.current(), self.optimizer.state.get
         if self.params is None or len(params) != len(self.params):
             raise Stale
@@ -143,27 +144,37 @@ class Group:
             raise Stale
         if self.why_torch:
             return []
-        if not all(map(is_, map(get, params), self.entries)):
+        if not same_entries and not all(map(is_, map(get, params), self.entries)):
             raise Stale
         if self.fallback and _looks(self.fallback) != self._left:
             raise Stale
         if self.plan is None:
             return []
         try:
-            values = chain.from_iterable(map(dict.values, self._native_entries))
-            if not all(map(is_, chain(values, _END), self._values)):
+            if self.sharded:
+                lists = self._gather()
+            elif self._has_same_state():
+                lists = self._lists._replace(grads=self._grads())
+            else:
                 raise Stale
-            sharded = self._gather() if self.sharded else None
-            lists = sharded or self._lists._replace(grads=self._grads())
             grads = self.plan.gradients(lists)
             if grads is None and not self.fallback and not is_capturing(self.native[0].device):
                 self.plan = self.plan.moved(lists) or self.plan
                 grads = self.plan.gradients(lists)
-        except (TypeError, RuntimeError) as error:
-            raise Stale from error  # of state that has no memory
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise Stale from error  # of state that is gone or has no memory
         if grads is None:
             raise Stale
         return grads
+
+    def _has_same_state(self) -> bool:
+        """Whether the entries of the state hold the tensors that the plan knows."""
+        keys = ("step", *(key for key in self.rule.state if key in self.rule.used))
+        columns = (self._lists.steps, *filter(None, self._lists.columns))
+        return all(
+            all(map(is_, map(itemgetter(key), self._native_entries), column))
+            for key, column in zip(keys, columns, strict=True)
+        )
 
     def written(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
         """Parameters, state and counts of steps that an update writes."""

@@ -65,6 +65,7 @@ class Sweep:
         self.columns: list[Any] = [params, *columns]
         self.computes_in_place = all(c[0].dtype is self.dtype for c in self.columns if c)
         self.permuted = not all(param.is_contiguous() for param in params)
+        self.join = torch.cat if all(param.dim() == 1 for param in params) else flatten
         if self.permuted:
             self.columns = [c and list(map(_in_memory_order, c)) for c in self.columns]
         self.spans, apart = spans(self.columns, min(self.piece, PIECE), GATHERED)
@@ -123,7 +124,7 @@ class Sweep:
             count = len(parts)
             if count <= FEW or len(span) > FEW * count or span.offsets[-1] > SMALL * count:
                 for some in parts:
-                    update(some, span.part(some), flatten([grads[i] for i in some]))  # type: ignore[misc]
+                    update(some, span.part(some), self.join([grads[i] for i in some]))  # type: ignore[misc]
             else:
                 self._gather(indices, grads, keys, update)
         for batch in self.batches:
@@ -142,8 +143,8 @@ class Sweep:
             indices = sorted(given, key=keys.__getitem__)
         for some in stretches(indices, keys):
             columns: Any = [c and [c[index] for index in some] for c in self.columns]
-            copies = [column and flatten(column) for column in columns]
-            update(some, copies, flatten([grads[index] for index in some]))
+            copies = [column and self.join(column) for column in columns]
+            update(some, copies, self.join([grads[index] for index in some]))
             for column, copy in zip(columns, copies, strict=True):
                 if column is not None:
                     torch._foreach_copy_(column, unflatten(copy, column))

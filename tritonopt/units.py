@@ -30,6 +30,7 @@ class Units:
     def forget(self) -> None:
         self.groups: dict[tuple[int, int], Group] = {}  # by the first param group, and the end
         self._seen: list[Any] = []  # the param groups and options that they were made of
+        self._state: list[Any] = []  # the parameters and entries of the state that they know
 
     def look(self, skip: Tensor | None) -> Work | None:
         """The groups, each with the gradients for its plan; None: do nothing.
@@ -37,19 +38,24 @@ class Units:
         `skip`: not 0 if gradients are infinite. The host asks where state would be made.
         """
         self._divide()
+        state = self.optimizer.state
+        known = [*state, *state.values()]
+        same = len(known) == len(self._state) and all(map(is_, known, self._state))
         work, stale = [], []
         for group in self.groups.values():
             try:
                 if group.provisional:
                     raise Stale
-                work.append((group, group.gradients()))
+                work.append((group, group.gradients(same)))
             except Stale:
                 stale.append(group)
-        if not stale:
-            return work
-        if not self._look_again(stale if self.packed else [*self.groups.values()], skip):
-            return None
-        return [(group, group.gradients()) for group in self.groups.values()]
+        if stale:
+            if not self._look_again(stale if self.packed else [*self.groups.values()], skip):
+                return None
+            work = [(group, group.gradients(False)) for group in self.groups.values()]
+            known = [*state, *state.values()]
+        self._state = known
+        return work
 
     def _divide(self) -> None:
         """Makes the groups, if options are not what they were."""
