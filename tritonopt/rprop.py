@@ -184,7 +184,7 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         for found in self._units.groups.values():
             for group in found.groups:
                 if self._option(group, "variant") == "irprop+":
-                    last, sign = group["last_loss"], -1 if group["maximize"] else 1
+                    last, sign = group.get("last_loss"), -1 if group["maximize"] else 1
                     found.hyper["loss_rose"] = last is not None and sign * value > sign * last
                     group["last_loss"] = value
 

@@ -50,6 +50,7 @@ class Units:
             except Stale:
                 stale.append(group)
         if stale:
+            self._state = []  # whatever comes in between, the groups know no state until the end
             if not self._look_again(stale if self.packed else [*self.groups.values()], skip):
                 return None
             work = [(group, group.gradients(False)) for group in self.groups.values()]
@@ -65,6 +66,7 @@ class Units:
         # Not whether they are equal: a number and a tensor that was rounded are.
         if len(seen) == len(self._seen) and all(map(is_, seen, self._seen)):
             return
+        self._seen = []  # until all is done: what raises here must do so again
         for group in groups:
             optimizer._check(group)
         fixed = all(_is_fixed(value) for row in values for value in row)
@@ -72,11 +74,12 @@ class Units:
             index for index in range(len(groups))
             if index == 0 or not fixed or values[index] != values[index - 1]
         ]  # fmt: skip
-        before, self.groups = self.groups, {}
+        made = {}
         for place in zip(firsts, [*firsts[1:], len(groups)], strict=False):
             group = Group(optimizer, groups[slice(*place)])
-            known = before.get(place)
-            self.groups[place] = known.with_options_of(group) if known else group
+            known = self.groups.get(place)
+            made[place] = known.with_options_of(group) if known else group
+        self.groups = made
         self._seen = seen if fixed else []  # else they are looked at at every step
 
     def _look_again(self, stale: Sequence[Group], skip: Tensor | None) -> bool:

@@ -120,3 +120,37 @@ def test_a_skipped_step_leaves_no_trace(name, options, skipped):
             assert all(map(torch.equal, params, before[0]))
         assert len(ours.state) == len(theirs.state)
         assert_follows(ours, theirs, params, copies)
+
+
+def test_an_option_that_torch_lacks_is_refused_at_every_step(name):
+    """State that was made before it was refused is gone, and no plan knows it."""
+    options = {"eps_in_sqrt": True} if name == "RMSprop" else {"variant": "rprop+"}
+    params = [*parameters(SHAPES), nn.Parameter(torch.randn(3, dtype=torch.complex64))]
+    ours = OURS[name](params[:-1], **options)
+    give_gradients(params, params)
+    ours.step()
+    ours.add_param_group({"params": [nn.Parameter(torch.randn(4)), params[-1]]})
+    give_gradients(ours.param_groups[1]["params"], ours.param_groups[1]["params"])
+    values = [p.detach().clone() for group in ours.param_groups for p in group["params"]]
+    for _ in range(3):
+        with pytest.raises(ValueError, match="is not in torch's implementation"):
+            ours.step()
+        assert len(ours.state) == len(SHAPES)
+        now = [p.detach() for group in ours.param_groups for p in group["params"]]
+        assert all(map(torch.equal, now, values))
+
+
+def test_an_option_that_is_no_number_and_then_put_right(name):
+    params = parameters(SHAPES)
+    copies = [nn.Parameter(param.detach().clone()) for param in params]
+    ours = OURS[name]([{"params": [param]} for param in params], lr=0.1)
+    theirs = TORCH[name]([{"params": [copy]} for copy in copies], lr=0.1, foreach=False)
+    follow(ours, theirs, params, copies, steps=1)
+    key = "momentum" if name == "RMSprop" else "step_sizes"
+    for group in (ours.param_groups[1], ours.param_groups[-1]):
+        right, group[key] = group[key], ("a", "b")
+        give_gradients(params, copies)
+        with pytest.raises((TypeError, ValueError)):
+            ours.step()
+        group[key] = right
+        follow(ours, theirs, params, copies, steps=2)
