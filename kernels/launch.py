@@ -4,8 +4,6 @@ Gradients lie scattered, because autograd hands over fresh tensors. Copying them
 cost 8 bytes per element; reading them through a table of addresses costs nothing.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Tables of addresses on a device, uploaded where an address has changed."""
 
-from __future__ import annotations
-
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence

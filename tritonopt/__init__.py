@@ -1,7 +1,5 @@
 """RMSprop and Rprop for PyTorch: one Triton kernel per step, the same training to the last bit."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from types import ModuleType
 

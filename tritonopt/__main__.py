@@ -1,7 +1,5 @@
 """`python -m tritonopt`: the demo's command line."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import sys

@@ -1,7 +1,5 @@
 """Turns torch's optimizers into ours where they stand."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Trains a network on handwritten digits with tritonopt's optimizers and, beside them, torch's."""
 
-from __future__ import annotations
-
 import copy
 import statistics
 import time

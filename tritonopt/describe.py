@@ -1,7 +1,5 @@
 """The table that `describe()` prints."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 

@@ -1,7 +1,5 @@
 """What torch and triton say of a device."""
 
-from __future__ import annotations
-
 import os
 from functools import cache
 

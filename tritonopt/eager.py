@@ -5,8 +5,6 @@ tensors are flat and of one dtype, scratch included. The operations and their or
 torch's for-loop optimizers, so that fp32 and fp64 agree to the last bit.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -27,7 +25,7 @@ class Scratch(NamedTuple):
     chunks: tuple[Tensor, ...] = ()  # of the second
 
     @classmethod
-    def of(cls, first: Tensor, second: Tensor) -> Scratch:
+    def of(cls, first: Tensor, second: Tensor) -> "Scratch":
         # Torch wakes all its threads to take the root of more than 2^11 elements, and for any other
         # operator on 2^15 or more. Roots of chunks stay on the calling thread, as the others do.
         chunks = second.split(2**11) if 2**11 < len(second) < 2**15 else ()

@@ -1,7 +1,5 @@
 """Which tensors one launch or one sweep can take, and why others are left to torch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Param groups of the same options: which parameters a plan updates, and why torch the others."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import chain, compress, cycle
 from operator import is_, is_not, itemgetter
@@ -49,7 +47,7 @@ class Group:
         self.capturable = bool(self.options.get("capturable"))
         self.hyper: dict[str, Any] = {} if self.why_torch else optimizer.hyper(self.options)
 
-    def with_options_of(self, other: Group) -> Group:
+    def with_options_of(self, other: "Group") -> "Group":
         """This one, if what was found is good for the options of the other one; else that one."""
         mine, theirs = (
             (g.rule._replace(launcher=None), g.why_torch, g.capturable) for g in (self, other)

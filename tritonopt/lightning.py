@@ -4,8 +4,6 @@ On the command line of LightningCLI name classes in full, `--optimizer=tritonopt
 `torch.optim.RMSprop`: of two classes called RMSprop it takes none by its short name.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from tritonopt.convert import OURS, from_torch

@@ -38,8 +38,6 @@ Raises:
         triton), or a first call inside a graph capture.
 """
 
-from __future__ import annotations
-
 import weakref
 from functools import partial
 from typing import Any

@@ -58,8 +58,6 @@ stable. Parameters that no launch takes (complex, sparse, subclasses) are update
 eager rule, unless `update_by_torch` says how.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
 from typing import Any
@@ -204,9 +202,7 @@ class FusedOptimizer(RuleOptimizer):
             return None if skip.item() else found._replace(skip=None)
         return found
 
-    def _update_group(
-        self, group: Group, grads: Sequence[Tensor | None], scaling: Scaling
-    ) -> None:
+    def _update_group(self, group: Group, grads: Sequence[Tensor | None], scaling: Scaling) -> None:
         if group.fallback:
             params = [param for param, _ in group.fallback]
             # By default one after the other, as overlapping tensors need.

@@ -4,8 +4,6 @@ The optimizers and the ops hand over the same thing: lists, as torch's functiona
 them. A plan is good as long as everything that it writes lies where it lay, and as it lay.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
 from itertools import chain, pairwise
@@ -105,7 +103,7 @@ class Plan:
             # Else they are counted one by one: a count of several parameters is counted often.
             self.alike = len(kinds) == 1 and len({*steps_at}) == len(steps_at)
 
-    def moved(self, lists: Lists) -> Plan | None:
+    def moved(self, lists: Lists) -> "Plan | None":
         """The plan of tensors that are what they were and lie elsewhere; None if they are not."""
         written = lists.written()
         if self.apart or not self._has_geometry_of(written):

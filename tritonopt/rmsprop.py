@@ -1,7 +1,5 @@
 """RMSprop: `torch.optim.RMSprop` in one kernel per step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import repeat
 from operator import itemgetter

@@ -1,7 +1,5 @@
 """Rprop: `torch.optim.Rprop` in one kernel per step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any

@@ -1,7 +1,5 @@
 """An optimizer's rule, its options and its param groups."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

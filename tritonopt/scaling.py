@@ -1,7 +1,5 @@
 """What gradients are multiplied by inside the step: a loss scale undone, a global norm clipped."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple

@@ -1,7 +1,5 @@
 """DTensors: what lies on this rank takes part in the same update as any other tensor."""
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

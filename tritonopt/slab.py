@@ -5,8 +5,6 @@ time. The storage of a piece knows its slab, so the tensor itself is asked where
 is no list of slabs that something else could change.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
@@ -76,9 +74,7 @@ def allocate(
     return pieces
 
 
-def batches(
-    tensors: Iterable[Tensor], kind: Callable[[Tensor], object]
-) -> Iterator[list[Tensor]]:
+def batches(tensors: Iterable[Tensor], kind: Callable[[Tensor], object]) -> Iterator[list[Tensor]]:
     """The tensors in order, in batches of one kind, each of which fits a slab."""
     kinds: dict[object, list[Tensor]] = {}
     for tensor in tensors:

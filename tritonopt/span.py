@@ -1,7 +1,5 @@
 """Spans: tensors that are neighbours in a slab, so that one operator can update all of them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate, groupby, repeat
 from operator import is_not

@@ -1,7 +1,5 @@
 """State as torch makes it, in slabs; and the moves of parameters and loaded state into slabs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -63,9 +61,7 @@ def pack_on_accelerator(params: Iterable[Tensor]) -> None:
     slab.pack(p for p in dict.fromkeys(params) if p.device.type != "cpu" and _may_move(p))
 
 
-def pack_on_cpu(
-    params: Iterable[Tensor], state: Mapping[Tensor, Any], keys: Iterable[str]
-) -> None:
+def pack_on_cpu(params: Iterable[Tensor], state: Mapping[Tensor, Any], keys: Iterable[str]) -> None:
     """At the first step: until then models are moved, cast and wrapped, and state is loaded."""
     movable = [p for p in dict.fromkeys(params) if p.is_cpu and _may_move(p)]
     slab.pack(movable)

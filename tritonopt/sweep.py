@@ -6,8 +6,6 @@ that lie side by side in slabs are one piece, of which only the gradients, which
 are gathered first; small tensors that lie apart are gathered themselves and copied back.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Sequence
 from itertools import repeat

@@ -1,7 +1,5 @@
 """What one step works on: param groups, looked at anew where something has changed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import chain
 from operator import is_

@@ -1,7 +1,5 @@
 """Whether many tensors are still what they were, and where they were: asked at every step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -9,8 +9,6 @@ dynamo does not look into torch's functional `rmsprop` and `rprop`: each call be
 for other backends. The graph goes to Inductor, unless it has nothing but these ops.
 """
 
-from __future__ import annotations
-
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +31,7 @@ from tritonopt.device import path
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_listeners: list[Explanation] = []
+_listeners: list["Explanation"] = []
 _left: weakref.WeakKeyDictionary[TracingContext, list[str]] = weakref.WeakKeyDictionary()
 
 

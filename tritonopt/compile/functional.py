@@ -4,8 +4,6 @@ Which value was read before it, and which after it, is then said by the graph, a
 find out. `tritonopt::rmsprop`, without the underscore, is the functional twin of `rmsprop_`.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ spans and large tensors of all sizes share it. Dynamo traces it, guards it, and 
 not yet run; where it has, its code is called past dynamo.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Sequence
 from operator import itemgetter
@@ -26,7 +24,7 @@ from tritonopt.sweep import RECENT_ROOMS, SERIAL, Sweep
 SERIAL_LOOP, PARALLEL_LOOP = {"cpp.threads": 1}, {"cpp.dynamic_threads": True}
 """Of Inductor, which lets the first size that it compiles for decide for all, on disk even."""
 
-_graphs: dict[Any, Graph] = {}
+_graphs: dict[Any, "Graph"] = {}
 
 
 class CompiledSweep(Sweep):
@@ -54,7 +52,9 @@ class CompiledSweep(Sweep):
         graph, numbers, _ = known
         graph.run([numel, numbers, grad, *flats])
 
-    def _graph(self, many: bool, dtype: torch.dtype, hyper: dict[str, Any]) -> tuple[Graph, Tensor]:
+    def _graph(
+        self, many: bool, dtype: torch.dtype, hyper: dict[str, Any]
+    ) -> tuple["Graph", Tensor]:
         """The graph of an update, and the numbers that are its input."""
         constants = {name: value for name, value in hyper.items() if _is_constant(name, value)}
         numbers = {name: float(v) for name, v in hyper.items() if name not in constants}

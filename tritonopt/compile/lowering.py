@@ -10,8 +10,6 @@ is copied to it there. An op may nevertheless write to the inputs themselves, if
   needed, and at the latest when it is written again. A result of the graph is a copy therefore.
 """
 
-from __future__ import annotations
-
 import operator
 from dataclasses import dataclass
 from functools import partial

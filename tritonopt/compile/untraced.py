@@ -1,7 +1,5 @@
 """What dynamo leaves out of its graphs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
