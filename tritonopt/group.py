@@ -1,8 +1,8 @@
 """Param groups of the same options: which parameters a plan updates, and why torch the others."""
 
 from collections.abc import Mapping, Sequence
-from itertools import chain, compress, cycle
-from operator import is_, is_not, itemgetter
+from itertools import chain
+from operator import is_, itemgetter
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from tritonopt.eligible import (
     why_not_together,
 )
 from tritonopt.plan import Lists, Plan
+from tritonopt.scaling import Scaling, scaled
 from tritonopt.shard import is_sharded, local, same_shards
-from tritonopt.span import all_given
 
 _CAPTURABLE = _get_capturable_supported_devices()
 
@@ -94,11 +94,9 @@ class Group:
         self.plan = None
         self.sharded = any(map(is_sharded, self.native))
         self._native_entries = [state[param] for param in self.native]
-        lists = self._gather()
-        self._lists = lists._replace(grads=())  # no gradient is kept
         if self.native:
             with torch.inference_mode(False):
-                self.plan = Plan(self.rule, lists, self.optimizer._sweep)
+                self.plan = Plan(self.rule, *self._gather(), self.optimizer._sweep)
         self.params = params
 
     def _keys(self) -> set[str]:
@@ -115,20 +113,19 @@ class Group:
             return "has a count of steps that is no tensor"  # torch raises
         return why_not_together(param, param.grad, [entry[key] for key in self.rule.used])
 
-    def _gather(self) -> Lists:
-        entries, rule = self._native_entries, self.rule
-        columns = [[e[key] for e in entries] if key in rule.used else [] for key in rule.state]
-        lists = Lists(self.native, self._grads(), columns, [entry["step"] for entry in entries])
-        if not self.sharded:
-            return lists
-        for param, *others in zip(*lists[:2], *filter(None, columns), strict=True):
-            if not all(t is None or same_shards(param, t) for t in others):
-                raise Stale
-        params, grads, *columns = (list(map(local, ts)) for ts in (*lists[:2], *columns))
-        return Lists(params, grads, columns, lists.steps)
-
-    def _grads(self) -> list[Tensor | None]:
-        return [param.grad for param in self.native]
+    def _gather(self) -> tuple[Lists, list[Tensor | None]]:
+        """What the plan writes, and the gradients."""
+        keys, lists = self._keys(), [self.native]
+        for key in (*self.rule.state, "step"):
+            lists.append([*map(itemgetter(key), self._native_entries)] if key in keys else [])
+        grads: Any = [param.grad for param in self.native]
+        if self.sharded:
+            for column in (*lists[:-1], grads):
+                pairs = zip(self.native, column, strict=False)
+                if not all(t is None or same_shards(param, t) for param, t in pairs):
+                    raise Stale
+            *lists, grads = ([*map(local, column)] for column in (*lists, grads))
+        return lists, grads
 
     def gradients(self, same_entries: bool) -> Sequence[Tensor | None]:
         """The gradients as the plan needs them, if all is as it was; else raises Stale.
@@ -149,39 +146,33 @@ class Group:
         if self.plan is None:
             return []
         try:
-            if self.sharded:
-                lists = self._gather()
-            elif self._has_same_state():
-                lists = self._lists._replace(grads=self._grads())
-            else:
-                raise Stale
-            grads = self.plan.gradients(lists)
-            if grads is None and not self.fallback and not is_capturing(self.native[0].device):
-                self.plan = self.plan.moved(lists) or self.plan
-                grads = self.plan.gradients(lists)
+            self.lists, grads = self._gather()
+            fitted = self.plan.gradients(self.lists, grads)
+            if fitted is None and not self.fallback and not is_capturing(self.native[0].device):
+                self.plan = self.plan.moved(self.lists) or self.plan
+                fitted = self.plan.gradients(self.lists, grads)
         except (KeyError, TypeError, RuntimeError) as error:
             raise Stale from error  # of state that is gone or has no memory
-        if grads is None:
+        if fitted is None:
             raise Stale
-        return grads
+        return fitted
 
-    def _has_same_state(self) -> bool:
-        """Whether the entries of the state hold the tensors that the plan knows."""
-        keys = ("step", *(key for key in self.rule.state if key in self.rule.used))
-        columns = (self._lists.steps, *filter(None, self._lists.columns))
-        return all(
-            all(map(is_, map(itemgetter(key), self._native_entries), column))
-            for key, column in zip(keys, columns, strict=True)
-        )
-
-    def written(self, grads: Sequence[Tensor | None]) -> list[Tensor]:
-        """Parameters, state and counts of steps that an update writes."""
-        tensors = [*self._lists.written(), *self._lists.steps]
-        if self.sharded:
-            tensors = self.native  # DTensors have versions of their own
-        if all_given(grads):
-            return tensors[::-1]  # what was looked at last is in the processor's cache
-        return list(compress(tensors, cycle(map(is_not, grads, [None] * len(grads)))))
+    def update(self, grads: Sequence[Tensor | None], scaling: Scaling) -> None:
+        """A step; `grads` are those for the plan."""
+        if self.fallback:
+            params = [param for param, _ in self.fallback]
+            # By default one after the other, as overlapping tensors need.
+            foreach = self.options.get("foreach") or False
+            differentiable = self.optimizer.defaults.get("differentiable", False)
+            with torch.set_grad_enabled(differentiable), scaled(params, scaling.factor):
+                self.optimizer.update_by_torch(
+                    {**self.options, "params": params, "foreach": foreach}
+                )
+        if self.plan is not None:
+            self.plan(self.lists, grads, self.hyper, *scaling, reserve=self.capturable)
+        if self.sharded:  # DTensors have versions of their own
+            given = [param for param in self.native if param.grad is not None]
+            torch.autograd.graph.increment_version(given)
 
     def in_kernels(self) -> bool:
         """Whether kernels alone update the parameters."""

@@ -90,28 +90,26 @@ _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by the first stat
 def _update(name: str, defaults: dict[str, Any], *given: list[Tensor], **options: Any) -> None:
     """The op of a name. Torch leaves out the options that equal their defaults."""
     params, grads, *columns, steps = given
-    lists = Lists(params, grads, columns, steps)
+    lists = params, *columns, steps
     hyper = {key: _value(key, value) for key, value in {**defaults, **options}.items()}
     _check(name, lists, hyper)
     if not params:
         return
     rule = RULES[name]._replace(takes_step=hyper.pop("bias_correction", False))
-    written = lists.written()
     recent = _plans.setdefault((columns[0] or params)[0], [])  # gone with the state
     kind = rule, [len(column) for column in (grads, *columns)]
     for plan, known, _ in recent:
-        fitted = plan.gradients(lists) if known == kind else None
+        fitted = plan.gradients(lists, grads) if known == kind else None
         if fitted is not None:
             break
     else:
         recent[:] = [row for row in recent if _is_current(row[0], row[2])]
-        plan = _plan(rule, lists)
-        fitted = plan.gradients(lists)
+        plan = _plan(rule, lists, grads)
+        fitted = plan.gradients(lists, grads)
         assert fitted is not None
-        recent.insert(0, (plan, kind, [weakref.ref(tensor) for tensor in written]))
+        recent.insert(0, (plan, kind, [[*map(weakref.ref, column)] for column in lists]))
         del recent[RECENT_PLANS:]
-    plan(fitted, hyper, reserve=True)
-    torch.autograd.graph.increment_version([*written, *steps])  # a later backward must notice
+    plan(lists, fitted, hyper, reserve=True)
 
 
 def _value(name: str, value: Any) -> Any:
@@ -125,22 +123,23 @@ def _check(name: str, lists: Lists, hyper: dict[str, Any]) -> None:
     if hyper.get("variant", "irprop-") not in eager.VARIANTS:
         variant = hyper["variant"]
         raise ValueError(f"{name}: invalid variant {variant!r}, not one of {eager.VARIANTS}")
-    if hyper.get("bias_correction") and len(lists.steps) != len(lists.params):
+    if hyper.get("bias_correction") and len(lists[-1]) != len(lists[0]):
         raise ValueError(f"{name} needs state_steps for bias_correction, one for each parameter")
     for key in ("momentum", "nesterov", "lr_in_momentum"):
-        if lists.params and hyper.get(key) and not lists.columns[-1]:
+        if lists[0] and hyper.get(key) and not lists[-2]:
             raise ValueError(f"{name} needs momentum_buffers for {key}")
 
 
-def _is_current(plan: Plan, owners: list[weakref.ref[Tensor]]) -> bool:
+def _is_current(plan: Plan, owners: list[list[weakref.ref[Tensor]]]) -> bool:
     """Whether the tensors are alive and have not moved: else a plan only keeps memory."""
-    found = [owner() for owner in owners]
-    return [None if t is None else t.data_ptr() for t in found] == plan.addresses
+    found = [[owner() for owner in column] for column in owners]
+    return [
+        [t if t is None else t.data_ptr() for t in column] for column in found
+    ] == plan.addresses
 
 
-def _plan(rule: Rule, lists: Lists) -> Plan:
-    params, columns, steps = lists.params, lists.columns, lists.steps
-    grads: Any = lists.grads
+def _plan(rule: Rule, lists: Lists, grads: list[Tensor]) -> Plan:
+    params, *columns, steps = lists
     name = f"{rule.title.lower()}_"
     used = [column for column in columns if column]
     if {len(params)} != {len(column) for column in (params, grads, *used)}:
@@ -158,10 +157,7 @@ def _plan(rule: Rule, lists: Lists) -> Plan:
             raise NotImplementedError(f"{name}: parameter {index} {why}")
     if overlapping(zip(*used, strict=True)) or overlapping([step] for step in steps):
         raise ValueError(f"{name}: state of different parameters shares memory")
-    # Other tensors of the same memory: the cache would keep its own keys alive.
-    others: list[Any] = [[t.detach() for t in column] for column in (params, *columns, steps)]
-    alike = Lists(others[0], grads, others[1:-1], others[-1])
-    return Plan(rule, alike, apart=overlapping([param] for param in params))
+    return Plan(rule, lists, grads, apart=overlapping([param] for param in params))
 
 
 def _why_not(param: Tensor, grad: Tensor, states: list[Tensor]) -> str | None:

@@ -58,7 +58,7 @@ stable. Parameters that no launch takes (complex, sparse, subclasses) are update
 eager rule, unless `update_by_torch` says how.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
 
@@ -69,10 +69,9 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from tritonopt.compile.untraced import untraced
 from tritonopt.describe import table
-from tritonopt.group import Group
 from tritonopt.plan import Rule
 from tritonopt.rule import RuleOptimizer
-from tritonopt.scaling import NONE, Scaling, scaled, scaling, total_norm
+from tritonopt.scaling import NONE, Scaling, scaling, total_norm
 from tritonopt.sweep import Sweep
 from tritonopt.units import Work, has_fused_amp
 
@@ -184,7 +183,7 @@ class FusedOptimizer(RuleOptimizer):
             if value is not None:
                 self._see_loss(value)
             for group, grads in work:
-                self._update_group(group, grads, scaling)
+                group.update(grads, scaling)
         finally:
             torch._C._set_grad_enabled(enabled)
 
@@ -201,19 +200,6 @@ class FusedOptimizer(RuleOptimizer):
         if skip is not None and (waits or not all(group.in_kernels() for group, _ in work)):
             return None if skip.item() else found._replace(skip=None)
         return found
-
-    def _update_group(self, group: Group, grads: Sequence[Tensor | None], scaling: Scaling) -> None:
-        if group.fallback:
-            params = [param for param, _ in group.fallback]
-            # By default one after the other, as overlapping tensors need.
-            foreach = group.options.get("foreach") or False
-            differentiable = self.defaults.get("differentiable", False)
-            with torch.set_grad_enabled(differentiable), scaled(params, scaling.factor):
-                self.update_by_torch({**group.options, "params": params, "foreach": foreach})
-        changed = group.written(grads) if group.plan is not None else None
-        if group.plan is not None and changed:
-            group.plan(grads, group.hyper, *scaling, reserve=group.capturable)
-            torch.autograd.graph.increment_version(changed)  # a later backward must notice
 
     def compile(self, **kwargs: Any) -> None:
         """From now on :meth:`step` runs compiled code: :meth:`torch.nn.Module.compile` for steps.

@@ -6,7 +6,7 @@ them. A plan is good as long as everything that it writes lies where it lay, and
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from itertools import chain, pairwise
+from itertools import chain, compress, pairwise
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from tritonopt.eligible import belongs, same_layout
 from tritonopt.slab import is_dense
 from tritonopt.span import all_given, spans, stretches
 from tritonopt.sweep import Sweep
-from tritonopt.verify import addresses, chunks, geometry, guard
+from tritonopt.verify import Geometry, Guards, addresses, guard
 
 
 class Rule(NamedTuple):
@@ -33,27 +33,19 @@ class Rule(NamedTuple):
     takes_step: bool = False  # whether it takes the number of steps, too
 
 
-class Lists(NamedTuple):
-    """What one step works on; a gradient is None where there is none."""
-
-    params: Sequence[Tensor]
-    grads: Sequence[Tensor | None]
-    columns: Sequence[Sequence[Tensor]]  # state, in the order of the rule; empty: not used
-    steps: Sequence[Tensor]
-
-    def written(self) -> list[Tensor]:
-        return [*self.params, *chain(*self.columns)]
-
-
 class Part(NamedTuple):
     """What one launch or one sweep updates."""
 
     indices: list[int]
     update: Any
     device: torch.device
-    dtype: torch.dtype
     grad_dtype: torch.dtype
     bytes_per_element: int  # that a step moves at the least
+
+
+Lists = Sequence[Sequence[Tensor]]
+"""What a step writes: parameters, each state in the order of the rule, counts of steps. A list that
+is not used is empty."""
 
 
 class Plan:
@@ -67,48 +59,48 @@ class Plan:
         self,
         rule: Rule,
         lists: Lists,
+        grads: Sequence[Tensor | None],
         sweep: Callable[..., Sweep] = Sweep,
         apart: Iterable[int] = (),
     ) -> None:
         self.rule, self.sweep = rule, sweep
-        written, indices = lists.written(), range(len(lists.params))
-        self.geometry = geometry(written)
-        self.nbytes = [t.numel() * t.itemsize for t in written]
-        self.guards = [guard(written[where]) for where in chunks(len(written))]
+        params, *columns, _ = lists
+        guards: Guards = {}
+        self.geometries = [Geometry(column, guards) for column in lists]
+        self.nbytes = [t.numel() * t.itemsize for t in chain(*lists)]
         self.expects: Callable[..., bool] | None = None  # gradients that need no look, one by one
-        pairs = zip(lists.params, lists.grads, strict=True)
-        self.grad_dtypes = [p.dtype if g is None else g.dtype for p, g in pairs]
-        self.apart = sorted({*apart, *(i for i in indices if not _is_in_order(lists, i))})
+        self.grad_dtypes = [
+            param.dtype if grad is None else grad.dtype
+            for param, grad in zip(params, grads, strict=True)
+        ]
+        self.apart = sorted(apart)
         self.members: dict[Any, list[int]] = {}  # of each launch or sweep
-        for i in indices:
-            if i not in self.apart:
-                param, states = lists.params[i], [c[i].dtype for c in lists.columns if c]
-                kind = param.device, param.dtype, self.grad_dtypes[i], *states
-                self.members.setdefault(kind, []).append(i)
-        self.steps_at: list[int] | None = None
+        for i, param in enumerate(params):
+            states = [column[i] for column in columns if column]
+            if not is_dense(param) or not all(same_layout(state, param) for state in states):
+                self.apart = sorted({*self.apart, i})
+            elif i not in self.apart:
+                dtypes = self.grad_dtypes[i], *(state.dtype for state in states)
+                self.members.setdefault((param.device, param.dtype, *dtypes), []).append(i)
         self._place(lists)
 
     def _place(self, lists: Lists) -> None:
         """Makes the launches and sweeps, which know where tensors lie."""
-        self.params = lists.params
-        self.columns = [column or None for column in lists.columns]
-        self.addresses = addresses(lists.written())
+        # Other tensors of the same memory: these may be moved.
+        self.params, *columns, self.steps = ([t.detach() for t in column] for column in lists)
+        self.columns = [column or None for column in columns]
+        self.addresses = [addresses(column) for column in lists]
         self.parts = [self._part(*kind, some=some) for kind, some in self.members.items()]
-        self.steps = [step.detach() for step in lists.steps]
-        steps_at = addresses(self.steps)  # scalars: there is no more to look at
-        if steps_at != self.steps_at:
-            self.steps_at = steps_at
-            self.joined, self.lone = spans([self.steps], 2**62, 1)
-            kinds = {(step.device, step.dtype) for step in self.steps}
-            # Else they are counted one by one: a count of several parameters is counted often.
-            self.alike = len(kinds) == 1 and len({*steps_at}) == len(steps_at)
+        self.joined, self.lone = spans([self.steps], 2**62, 1)
+        kinds = {(step.device, step.dtype) for step in self.steps}
+        # Else they are counted one by one: a count of several parameters is counted often.
+        self.alike = len(kinds) == 1 and len({*self.addresses[-1]}) == len(self.steps)
 
     def moved(self, lists: Lists) -> "Plan | None":
         """The plan of tensors that are what they were and lie elsewhere; None if they are not."""
-        written = lists.written()
-        if self.apart or not self._has_geometry_of(written):
+        if self.apart or not all(map(Geometry.fits, self.geometries, lists)):
             return None
-        places = sorted(zip(addresses(written), self.nbytes, strict=True))
+        places = sorted(zip(map(Tensor.data_ptr, chain(*lists)), self.nbytes, strict=True))
         if any(start + size > after for (start, size), (after, _) in pairwise(places)):
             return None  # they overlap
         plan = copy(self)
@@ -123,9 +115,8 @@ class Plan:
         *states: torch.dtype,
         some: list[int],
     ) -> Part:
-        # Other tensors of the same memory: these may be moved.
-        params = [self.params[index].detach() for index in some]
-        columns = [c and [c[index].detach() for index in some] for c in self.columns]
+        params = [self.params[index] for index in some]
+        columns = [c and [c[index] for index in some] for c in self.columns]
         update: Any
         if path(device)[0] == "eager":
             update = self.sweep(self.rule.eager, params, columns)
@@ -134,14 +125,13 @@ class Plan:
 
             update = Launch(self.rule.launcher(), params, columns)
         moved = 2 * dtype.itemsize + grad_dtype.itemsize + 2 * sum(s.itemsize for s in states)
-        return Part(some, update, device, dtype, grad_dtype, moved)
+        return Part(some, update, device, grad_dtype, moved)
 
-    def gradients(self, lists: Lists) -> Sequence[Tensor | None] | None:
+    def gradients(
+        self, lists: Lists, grads: Sequence[Tensor | None]
+    ) -> Sequence[Tensor | None] | None:
         """The gradients as the updates need them; None if the plan is not for these lists."""
-        written, grads = lists.written(), lists.grads
-        if addresses(lists.steps) != self.steps_at:
-            return None
-        if not self._has_geometry_of(written, self.addresses):
+        if not all(map(Geometry.fits, self.geometries, lists, self.addresses)):
             return None
         if self.expects is not None and self.expects(*grads):
             return grads
@@ -157,20 +147,9 @@ class Plan:
             self.expects = guard(grads)  # type: ignore[arg-type]
         return fitted
 
-    def _has_geometry_of(self, written: Sequence[Tensor], at: Sequence[int] = ()) -> bool:
-        """Whether the tensors are what they were, and lie `at` these addresses, if given."""
-        if len(written) != len(self.geometry):
-            return False
-        for where, fits in zip(chunks(len(written)), self.guards, strict=True):
-            tensors = written[where]
-            if at and addresses(tensors) != at[where]:
-                return False
-            if not fits(*tensors) and geometry(tensors) != self.geometry[where]:
-                return False
-        return True
-
     def __call__(
         self,
+        lists: Lists,
         grads: Sequence[Tensor | None],
         hyper: dict[str, Any],
         factor: Tensor | None = None,
@@ -181,7 +160,10 @@ class Plan:
 
         `reserve`: sees to it that a graph can capture later steps.
         """
-        self._count(grads, skip)
+        given = [grad is not None for grad in grads]
+        if not any(given):
+            return
+        self._count(None if all(given) else given, skip)
         whole = len(self.parts) == 1 and not self.apart
         for part in self.parts:
             own = grads if whole else [grads[index] for index in part.indices]
@@ -196,27 +178,24 @@ class Plan:
                 step = {"step": float(self.steps[index])} if self.rule.takes_step else {}
                 states = [c and c[index] for c in self.columns]
                 update_alone(self.rule, self.params[index], grad, states, {**hyper, **step})
+        # A later backward must notice. What was looked at last is in the processor's cache.
+        for column in reversed(lists):
+            changed = column if all(given) else list(compress(column, given))
+            torch.autograd.graph.increment_version(changed)
 
-    def _count(self, grads: Sequence[Tensor | None], skip: Tensor | None) -> None:
-        """Adds 1 to the step of every parameter that has a gradient."""
-        whole = all_given(grads)
-        keys = None if whole else [None if grad is None else True for grad in grads]
+    def _count(self, given: Sequence[bool] | None, skip: Tensor | None) -> None:
+        """Adds 1 to the step of every parameter that has a gradient; None: all have."""
         for span in self.joined:
-            for some in stretches(range(span.first, span.first + len(span)), keys):
+            indices = range(span.first, span.first + len(span))
+            for some in stretches(indices, given and [True if has else None for has in given]):
                 (part,) = span.part(some)
                 part.add_(_one(part, skip))  # type: ignore[union-attr,arg-type]
-        lone = [self.steps[i] for i in self.lone if whole or grads[i] is not None]
+        lone = [self.steps[i] for i in self.lone if given is None or given[i]]
         if len(lone) > 2 and self.alike:
             torch._foreach_add_(lone, _one(lone[0], skip))
             return
         for step in lone:
             step.add_(_one(step, skip))
-
-
-def _is_in_order(lists: Lists, index: int) -> bool:
-    """Whether equal offsets are equal elements in the parameter and its state."""
-    param = lists.params[index]
-    return is_dense(param) and all(same_layout(c[index], param) for c in lists.columns if c)
 
 
 def update_alone(

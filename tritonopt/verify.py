@@ -1,6 +1,6 @@
 """Whether many tensors are still what they were, and where they were: asked at every step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,13 +9,40 @@ from torch._C._dynamo.guards import TensorGuards
 
 from tritonopt.eligible import is_plain
 
+CHUNK = 512
+"""Tensors of which one look warms the cache for the next: 4000 fill more than a core's."""
+
+Guards = dict[Any, Callable[..., bool]]
+
+
+class Geometry:
+    """What tensors are: plain or not, of which dtype, device, sizes and strides, lazily negated."""
+
+    def __init__(self, tensors: Sequence[Tensor], guards: Guards) -> None:
+        """`guards`: those that were made, so that columns of equal tensors share one in cache."""
+        self.count = len(tensors)
+        self.chunks = []
+        for where in (slice(first, first + CHUNK) for first in range(0, self.count, CHUNK)):
+            looks = list(_looks(tensors[where]))
+            key = *looks, *map(type, tensors[where])
+            if key not in guards:
+                guards[key] = guard(tensors[where])
+            self.chunks.append((where, looks, guards[key]))
+
+    def fits(self, tensors: Sequence[Tensor], at: Sequence[int] | None = None) -> bool:
+        """Whether these tensors are so, and lie at these addresses, if given."""
+        return len(tensors) == self.count and all(
+            (at is None or addresses(tensors[where]) == at[where])
+            and (fits(*tensors[where]) or list(_looks(tensors[where])) == looks)
+            for where, looks, fits in self.chunks
+        )
+
 
 def guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """What says whether others have the type, dtype, device, sizes, strides and lazy negation.
 
     Dynamo's own check, at 40 ns a tensor: attribute by attribute it costs four times that. It says
-    no too often (of None, and it looks at autocast and inference mode, too), never yes wrongly;
-    after a no, every tensor is looked at in turn.
+    no too often (of None, and it looks at autocast and inference mode, too), never yes wrongly.
     """
     sizes: Any = [list(t.size()) for t in tensors]
     strides: Any = [list(t.stride()) for t in tensors]
@@ -28,10 +55,6 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
-def chunks(count: int) -> list[slice]:
-    """Of tensors of which one look warms the cache for the next: 4000 fill more than a core's."""
-    return [slice(first, first + 512) for first in range(0, count, 512)]
-
-
-def geometry(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    return [(is_plain(t), t.dtype, t.device, t.size(), t.stride(), t.is_neg()) for t in tensors]
+def _looks(tensors: Sequence[Tensor]) -> Iterator[tuple[Any, ...]]:
+    for t in tensors:
+        yield is_plain(t), t.dtype, t.device, t.size(), t.stride(), t.is_neg()
