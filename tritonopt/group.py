@@ -21,6 +21,7 @@ from tritonopt.eligible import (
 from tritonopt.plan import Lists, Plan
 from tritonopt.scaling import Scaling, scaled
 from tritonopt.shard import is_sharded, local, same_shards
+from tritonopt.state import make_state
 
 _CAPTURABLE = _get_capturable_supported_devices()
 
@@ -63,55 +64,91 @@ class Group:
             return self.options["params"]  # type: ignore[no-any-return]
         return list(chain.from_iterable(group["params"] for group in self.groups))
 
-    def look(self) -> None:
-        """Sorts the parameters, once their missing state has been made, and makes the plan."""
-        state, untrained = self.optimizer.state, self.optimizer._is_untrained
-        self.params = None  # until all is done
-        params = list(self.current())
-        self.entries = list(map(state.get, params))
+    def sort(self, for_a_step: bool = True) -> None:
+        """Finds who updates which parameters. Raises what torch raises; nothing is changed."""
+        self.params = self.plan = None  # until all is done
+        params, state = list(self.current()), self.optimizer.state
+        if params and is_capturing(params[0].device):
+            raise RuntimeError(
+                "parameters, state or options changed since the last step, or there was none: "
+                "take one step before a graph captures it"
+            )
         self.waiting: list[Tensor] = []  # for a gradient, with which their state is made
+        self.bare: list[Tensor] = []  # have a gradient and no state
         self.fallback: list[tuple[Tensor, str]] = []  # left to torch, and why
         self.native: list[Tensor] = []
-        pairs = list(zip(params, self.entries, strict=True))
-        shared = set() if self.why_torch else overlapping(self._row(*pair) for pair in pairs)
-        for index, (param, entry) in enumerate(pairs):
+        shared = set() if self.why_torch else overlapping(map(self._row, params))
+        for index, param in enumerate(params):
+            entry, has_gradient = state.get(param), for_a_step and param.grad is not None
             why = self.why_torch or why_not_native(param)
-            is_bare = not entry or (why is None and not entry.keys() >= self._keys())
-            if (is_bare and (why is None or param.grad is None)) or (
-                param.grad is None and untrained(entry)
-            ):
+            missing = [key for key in self._keys() if why is None and entry and key not in entry]
+            if has_gradient:
+                self._check_layout(local(param.grad))
+                if missing:
+                    raise KeyError(missing[0])
+            elif not entry or missing or self.optimizer._is_untrained(entry):
                 self.waiting.append(param)
                 continue
+            if not entry:
+                self.bare.append(param)
             if why is None and index in shared:
                 why = "overlaps another parameter, or its state does"
             why = why or self._why_left(param, entry)
             if why is None:
                 self.native.append(param)
-            else:
-                self.fallback.append((param, why))
+                continue
+            self.fallback.append((param, why))
+            option = self.optimizer._beyond_torch(self.options)
+            if option and has_gradient:
+                raise ValueError(
+                    f"{option} is not in torch's implementation, which is needed for a parameter "
+                    f"of size {tuple(param.size())}: it {why}"
+                )
+
+    def _keys(self) -> tuple[str, ...]:
+        return "step", *self.rule.used
+
+    def _row(self, param: Tensor) -> list[Tensor]:
+        entry = self.optimizer.state.get(param) or {}
+        found = [param, *map(entry.get, self._keys())]
+        return [local(tensor) for tensor in found if isinstance(tensor, Tensor)]
+
+    def _check_layout(self, grad: Tensor) -> None:
+        if grad.layout is not torch.strided:
+            kind = "sparse" if grad.is_sparse else grad.layout
+            raise RuntimeError(f"{self.rule.title} does not support {kind} gradients")
+
+    def _why_left(self, param: Tensor, entry: Mapping[str, Any] | None) -> str | None:
+        if self.capturable and param.device.type not in _CAPTURABLE:
+            return f"capturable=True is not for {param.device.type}"  # torch raises
+        if entry and not isinstance(entry["step"], Tensor):
+            return "has a count of steps that is no tensor"  # torch raises
+        states = [entry[key] if entry else self._like(key, param) for key in self.rule.used]
+        return why_not_together(param, param.grad, states)
+
+    def _like(self, key: str, param: Tensor) -> Tensor:
+        """A tensor that is as the state will be."""
+        like_gradient = key in self.optimizer._like_gradient
+        return param.to(param.grad.dtype) if like_gradient else param  # type: ignore[union-attr]
+
+    def make_state(self, params: Sequence[Tensor]) -> None:
+        optimizer = self.optimizer
+        starts = {key: optimizer.initial(key, self.options) for key in self.rule.used}
+        on_device = self.capturable or optimizer._has_fused_amp()
+        make_state(optimizer.state, params, starts, optimizer._like_gradient, on_device)
+
+    def make_plan(self) -> None:
+        """Once all that is native has its state."""
+        params, state = list(self.current()), self.optimizer.state
+        self.entries = list(map(state.get, params))
         self._left = _looks(self.fallback)
         self.provisional = any(why == BAD_GRADIENT for _, why in self.fallback)
-        self.plan = None
         self.sharded = any(map(is_sharded, self.native))
         self._native_entries = [state[param] for param in self.native]
         if self.native:
             with torch.inference_mode(False):
                 self.plan = Plan(self.rule, *self._gather(), self.optimizer._sweep)
         self.params = params
-
-    def _keys(self) -> set[str]:
-        return {"step", *self.rule.used}
-
-    def _row(self, param: Tensor, entry: Mapping[str, Any] | None) -> list[Tensor]:
-        found = [param, *map((entry or {}).get, self._keys())]
-        return [local(tensor) for tensor in found if isinstance(tensor, Tensor)]
-
-    def _why_left(self, param: Tensor, entry: Mapping[str, Any]) -> str | None:
-        if self.capturable and param.device.type not in _CAPTURABLE:
-            return f"capturable=True is not for {param.device.type}"  # torch raises
-        if not isinstance(entry["step"], Tensor):
-            return "has a count of steps that is no tensor"  # torch raises
-        return why_not_together(param, param.grad, [entry[key] for key in self.rule.used])
 
     def _gather(self) -> tuple[Lists, list[Tensor | None]]:
         """What the plan writes, and the gradients."""

@@ -73,7 +73,7 @@ from tritonopt.plan import Rule
 from tritonopt.rule import RuleOptimizer
 from tritonopt.scaling import NONE, Scaling, scaling, total_norm
 from tritonopt.sweep import Sweep
-from tritonopt.units import Work, has_fused_amp
+from tritonopt.units import Work
 
 __all__ = ["FusedOptimizer", "Rule"]
 
@@ -171,7 +171,7 @@ class FusedOptimizer(RuleOptimizer):
         if _HAS_ACCELERATOR:
             self._accelerator_graph_capture_health_check()
         self._opt_called = True
-        amp = vars(self) if has_fused_amp(self) else {}
+        amp = vars(self) if self._has_fused_amp() else {}
         enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:

@@ -10,7 +10,7 @@ from tritonopt.eligible import is_plain, why_watched
 from tritonopt.plan import Rule, update_alone
 from tritonopt.shard import local
 from tritonopt.state import make_state, pack_on_accelerator
-from tritonopt.units import Units, has_fused_amp
+from tritonopt.units import Units
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -93,6 +93,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         grads = [local(p.grad) for p in bare]
         return not any(g.is_meta or not is_plain(g) or bool(g.any()) for g in grads)
 
+    def _has_fused_amp(self) -> bool:
+        return getattr(self, "_step_supports_amp_scaling", False)
+
     # What becomes of param groups, options and state.
 
     def _begin(self, options: dict[str, Any]) -> None:
@@ -136,7 +139,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 if name in old:
                     group.setdefault(name, old[name])
         self._units = Units(self)
-        if has_fused_amp(self):  # a skipped step is not counted, which only the device knows
+        if self._has_fused_amp():  # a skipped step is not counted, which only the device knows
             for param, entry in self.state.items():
                 if isinstance(param, Tensor) and isinstance(entry.get("step"), Tensor):
                     entry["step"] = entry["step"].to(param.device)

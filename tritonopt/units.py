@@ -5,14 +5,11 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from tritonopt.device import is_capturing
-from tritonopt.eligible import why_not_native, why_watched
+from tritonopt.eligible import why_watched
 from tritonopt.group import Group, Stale
-from tritonopt.shard import local
-from tritonopt.state import make_state, pack_on_cpu
+from tritonopt.state import pack_on_cpu
 
 Work = list[tuple[Group, Sequence[Tensor | None]]]
 
@@ -81,76 +78,39 @@ class Units:
         self._seen = seen if fixed else []  # else they are looked at at every step
 
     def _look_again(self, stale: Sequence[Group], skip: Tensor | None) -> bool:
-        """Looks at groups anew, once their missing state has been made; False: do nothing."""
+        """Looks at groups anew, and makes their missing state; False: do nothing."""
         optimizer, state = self.optimizer, self.optimizer.state
-        given = [[p for p in group.current() if p.grad is not None] for group in stale]
-        for group, params in zip(stale, given, strict=True):
-            if any(is_capturing(p.device) for p in group.current()[:1]):
-                raise RuntimeError(
-                    "parameters, state or options changed since the last step, or there was none: "
-                    "take one step before a graph captures it"
-                )
-            for param in params:
-                self._check_given(group, param)
-        bare = [[p for p in params if not state.get(p)] for params in given]
-        made = list(chain(*bare))
-        if made and skip is not None and skip.item():
+        for group in stale:
+            group.sort()
+        bare = list(chain.from_iterable(group.bare for group in stale))
+        if bare and skip is not None and skip.item():
             return False
-        is_dummy = bool(made) and optimizer._is_dummy_step(made)
-        for group, params in zip(stale, bare, strict=True):
-            if not group.why_torch or is_dummy:
-                self._make(group, [p for p in params if is_dummy or why_not_native(p) is None])
+        is_dummy = bool(bare) and optimizer._is_dummy_step(bare)
+        for group in stale:
+            native = {*map(id, group.native)}
+            group.make_state([p for p in group.bare if is_dummy or id(p) in native])
         if is_dummy:
             return False
         ours = [group for group in self.groups.values() if not group.why_torch]
-        if not self.packed and any(given) and ours:
+        if not self.packed and ours and any(p.grad is not None for g in ours for p in g.current()):
             keys = chain.from_iterable(group.rule.used for group in ours)
             pack_on_cpu(chain.from_iterable(group.current() for group in ours), state, keys)
             self.packed = True
         for group in stale:
-            group.look()
-            self._check_options(group, made)
-        for group, params in zip(stale, given, strict=True):
-            for param in params:
-                if optimizer._is_untrained(state.get(param)):
+            group.make_plan()
+        for group in stale:
+            for param in group.current():
+                if param.grad is not None and optimizer._is_untrained(state.get(param)):
                     optimizer._start(group.options, state[param])
         return True
-
-    def _check_given(self, group: Group, param: Tensor) -> None:
-        """Raises, before anything is changed, what torch raises of a parameter with a gradient."""
-        grad = local(param.grad)
-        if grad.layout is not torch.strided:
-            kind = "sparse" if grad.is_sparse else grad.layout
-            raise RuntimeError(f"{group.rule.title} does not support {kind} gradients")
-        entry = self.optimizer.state.get(param)
-        if entry and not group.why_torch and why_not_native(param) is None:
-            for key in ("step", *group.rule.used):
-                if key not in entry:
-                    raise KeyError(key)
-
-    def _check_options(self, group: Group, made: Sequence[Tensor]) -> None:
-        option = self.optimizer._beyond_torch(group.options)
-        for param, why in group.fallback if option else ():
-            if param.grad is not None:
-                for new in made:
-                    self.optimizer.state.pop(new, None)
-                raise ValueError(
-                    f"{option} is not in torch's implementation, which is needed for a parameter "
-                    f"of size {tuple(param.size())}: it {why}"
-                )
-
-    def _make(self, group: Group, params: Sequence[Tensor]) -> None:
-        optimizer, used = self.optimizer, group.rule.used
-        starts = {key: optimizer.initial(key, group.options) for key in used}
-        on_device = group.capturable or has_fused_amp(optimizer)
-        make_state(optimizer.state, params, starts, optimizer._like_gradient, on_device)
 
     def each_group(self) -> list[Group]:
         """Param groups one by one, for a description."""
         self.forget()  # plans, whose views would count as holders of their tensors
         groups = [Group(self.optimizer, [group]) for group in self.optimizer.param_groups]
         for group in groups:
-            group.look()
+            group.sort(for_a_step=False)
+            group.make_plan()
         return groups
 
 
@@ -159,7 +119,3 @@ def _is_fixed(value: Any) -> bool:
     if type(value) is tuple:
         return all(map(_is_fixed, value))
     return isinstance(value, (int, float, str, type(None)))
-
-
-def has_fused_amp(optimizer: Any) -> bool:
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
