@@ -83,7 +83,10 @@ class Group:
             why = self.why_torch or why_not_native(param)
             missing = [key for key in self._keys() if why is None and entry and key not in entry]
             if has_gradient:
-                self._check_layout(local(param.grad))
+                grad = local(param.grad)
+                if grad.layout is not torch.strided:
+                    kind = "sparse" if grad.is_sparse else grad.layout
+                    raise RuntimeError(f"{self.rule.title} does not support {kind} gradients")
                 if missing:
                     raise KeyError(missing[0])
             elif not entry or missing or self.optimizer._is_untrained(entry):
@@ -113,23 +116,16 @@ class Group:
         found = [param, *map(entry.get, self._keys())]
         return [local(tensor) for tensor in found if isinstance(tensor, Tensor)]
 
-    def _check_layout(self, grad: Tensor) -> None:
-        if grad.layout is not torch.strided:
-            kind = "sparse" if grad.is_sparse else grad.layout
-            raise RuntimeError(f"{self.rule.title} does not support {kind} gradients")
-
     def _why_left(self, param: Tensor, entry: Mapping[str, Any] | None) -> str | None:
         if self.capturable and param.device.type not in _CAPTURABLE:
             return f"capturable=True is not for {param.device.type}"  # torch raises
         if entry and not isinstance(entry["step"], Tensor):
             return "has a count of steps that is no tensor"  # torch raises
-        states = [entry[key] if entry else self._like(key, param) for key in self.rule.used]
-        return why_not_together(param, param.grad, states)
-
-    def _like(self, key: str, param: Tensor) -> Tensor:
-        """A tensor that is as the state will be."""
-        like_gradient = key in self.optimizer._like_gradient
-        return param.to(param.grad.dtype) if like_gradient else param  # type: ignore[union-attr]
+        if not entry:  # it has a gradient then, and this is what its state will be like
+            like = param.to(param.grad.dtype)  # type: ignore[union-attr]
+            like_gradient = self.optimizer._like_gradient
+            entry = {key: like if key in like_gradient else param for key in self.rule.used}
+        return why_not_together(param, param.grad, [entry[key] for key in self.rule.used])
 
     def make_state(self, params: Sequence[Tensor]) -> None:
         optimizer = self.optimizer

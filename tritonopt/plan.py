@@ -43,6 +43,8 @@ class Part(NamedTuple):
     bytes_per_element: int  # that a step moves at the least
 
 
+Grads = Sequence[Tensor | None]
+
 Lists = Sequence[Sequence[Tensor]]
 """What a step writes: parameters, each state in the order of the rule, counts of steps. A list that
 is not used is empty."""
@@ -59,7 +61,7 @@ class Plan:
         self,
         rule: Rule,
         lists: Lists,
-        grads: Sequence[Tensor | None],
+        grads: Grads,
         sweep: Callable[..., Sweep] = Sweep,
         apart: Iterable[int] = (),
     ) -> None:
@@ -67,12 +69,9 @@ class Plan:
         params, *columns, _ = lists
         guards: Guards = {}
         self.geometries = [Geometry(column, guards) for column in lists]
-        self.nbytes = [t.numel() * t.itemsize for t in chain(*lists)]
         self.expects: Callable[..., bool] | None = None  # gradients that need no look, one by one
-        self.grad_dtypes = [
-            param.dtype if grad is None else grad.dtype
-            for param, grad in zip(params, grads, strict=True)
-        ]
+        pairs = zip(params, grads, strict=True)
+        self.grad_dtypes = [(p if grad is None else grad).dtype for p, grad in pairs]
         self.apart = sorted(apart)
         self.members: dict[Any, list[int]] = {}  # of each launch or sweep
         for i, param in enumerate(params):
@@ -90,7 +89,7 @@ class Plan:
         self.params, *columns, self.steps = ([t.detach() for t in column] for column in lists)
         self.columns = [column or None for column in columns]
         self.addresses = [addresses(column) for column in lists]
-        self.parts = [self._part(*kind, some=some) for kind, some in self.members.items()]
+        self.parts = [self._part(some) for some in self.members.values()]
         self.joined, self.lone = spans([self.steps], 2**62, 1)
         kinds = {(step.device, step.dtype) for step in self.steps}
         # Else they are counted one by one: a count of several parameters is counted often.
@@ -100,23 +99,17 @@ class Plan:
         """The plan of tensors that are what they were and lie elsewhere; None if they are not."""
         if self.apart or not all(map(Geometry.fits, self.geometries, lists)):
             return None
-        places = sorted(zip(map(Tensor.data_ptr, chain(*lists)), self.nbytes, strict=True))
+        places = sorted((t.data_ptr(), t.nbytes) for t in chain(*lists))
         if any(start + size > after for (start, size), (after, _) in pairwise(places)):
             return None  # they overlap
         plan = copy(self)
         plan._place(lists)
         return plan
 
-    def _part(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        grad_dtype: torch.dtype,
-        *states: torch.dtype,
-        some: list[int],
-    ) -> Part:
+    def _part(self, some: list[int]) -> Part:
         params = [self.params[index] for index in some]
         columns = [c and [c[index] for index in some] for c in self.columns]
+        device, grad_dtype = params[0].device, self.grad_dtypes[some[0]]
         update: Any
         if path(device)[0] == "eager":
             update = self.sweep(self.rule.eager, params, columns)
@@ -124,12 +117,10 @@ class Plan:
             from tritonopt.kernels.launch import Launch
 
             update = Launch(self.rule.launcher(), params, columns)
-        moved = 2 * dtype.itemsize + grad_dtype.itemsize + 2 * sum(s.itemsize for s in states)
-        return Part(some, update, device, grad_dtype, moved)
+        written = sum(column[0].itemsize for column in (params, *columns) if column)
+        return Part(some, update, device, grad_dtype, 2 * written + grad_dtype.itemsize)
 
-    def gradients(
-        self, lists: Lists, grads: Sequence[Tensor | None]
-    ) -> Sequence[Tensor | None] | None:
+    def gradients(self, lists: Lists, grads: Grads) -> Grads | None:
         """The gradients as the updates need them; None if the plan is not for these lists."""
         if not all(map(Geometry.fits, self.geometries, lists, self.addresses)):
             return None
@@ -150,7 +141,7 @@ class Plan:
     def __call__(
         self,
         lists: Lists,
-        grads: Sequence[Tensor | None],
+        grads: Grads,
         hyper: dict[str, Any],
         factor: Tensor | None = None,
         skip: Tensor | None = None,
@@ -160,7 +151,7 @@ class Plan:
 
         `reserve`: sees to it that a graph can capture later steps.
         """
-        given = [grad is not None for grad in grads]
+        given = [grad is not None or None for grad in grads]
         if not any(given):
             return
         self._count(None if all(given) else given, skip)
@@ -183,11 +174,11 @@ class Plan:
             changed = column if all(given) else list(compress(column, given))
             torch.autograd.graph.increment_version(changed)
 
-    def _count(self, given: Sequence[bool] | None, skip: Tensor | None) -> None:
+    def _count(self, given: Sequence[bool | None] | None, skip: Tensor | None) -> None:
         """Adds 1 to the step of every parameter that has a gradient; None: all have."""
         for span in self.joined:
             indices = range(span.first, span.first + len(span))
-            for some in stretches(indices, given and [True if has else None for has in given]):
+            for some in stretches(indices, given):
                 (part,) = span.part(some)
                 part.add_(_one(part, skip))  # type: ignore[union-attr,arg-type]
         lone = [self.steps[i] for i in self.lone if given is None or given[i]]

@@ -91,8 +91,8 @@ class Units:
             group.make_state([p for p in group.bare if is_dummy or id(p) in native])
         if is_dummy:
             return False
-        ours = [group for group in self.groups.values() if not group.why_torch]
-        if not self.packed and ours and any(p.grad is not None for g in ours for p in g.current()):
+        ours = [group for group in stale if not group.why_torch]
+        if not self.packed and any(group.native for group in ours):
             keys = chain.from_iterable(group.rule.used for group in ours)
             pack_on_cpu(chain.from_iterable(group.current() for group in ours), state, keys)
             self.packed = True
