@@ -141,9 +141,10 @@ class Group:
         self.provisional = any(why == BAD_GRADIENT for _, why in self.fallback)
         self.sharded = any(map(is_sharded, self.native))
         self._native_entries = [state[param] for param in self.native]
+        self.lists, grads = self._gather()
         if self.native:
             with torch.inference_mode(False):
-                self.plan = Plan(self.rule, *self._gather(), self.optimizer._sweep)
+                self.plan = Plan(self.rule, self.lists, grads, self.optimizer._sweep)
         self.params = params
 
     def _gather(self) -> tuple[Lists, list[Tensor | None]]:
