@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, _to_scalar
-from torch.optim.rmsprop import rmsprop
 
 from tritonopt import eager
 from tritonopt.optimizer import FusedOptimizer
@@ -153,14 +152,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         return float(self._option(group, "initial_scale")) if key == "square_avg" else 0.0
 
     def update_by_torch(self, group: dict[str, Any]) -> None:
-        lists: list[list[Tensor]] = [[] for _ in range(6)]
-        has_complex = bool(self._init_group(group, *lists))
-        params, grads, square_avgs, momentum_buffers, grad_avgs, steps = lists
-        names = ("lr", *_HYPER, "centered", "foreach", "differentiable", "capturable")
-        rmsprop(
-            params, grads, square_avgs, grad_avgs, momentum_buffers, steps,
-            has_complex=has_complex, **{name: group[name] for name in names},
-        )  # fmt: skip
+        self._step_as(torch.optim.RMSprop, group)
 
     def _check(self, group: dict[str, Any]) -> None:
         if not 0.0 <= self._option(group, "initial_scale"):

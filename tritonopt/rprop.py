@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
-from torch.optim.rprop import rprop
 
 from tritonopt import eager
 from tritonopt.device import is_capturing
@@ -117,19 +116,16 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         return Rule("Rprop", eager.rprop_, launcher, STATE, STATE)
 
     def hyper(self, group: dict[str, Any]) -> dict[str, Any]:
-        numbers = {name: float(value) for name, value in _limits(group).items()}
+        names = "etaminus", "etaplus", "step_size_min", "step_size_max"
+        hyper = dict(zip(names, map(float, (*group["etas"], *group["step_sizes"])), strict=True))
         variant = self._option(group, "variant")
-        return {**numbers, "maximize": group["maximize"], "variant": variant, "loss_rose": False}
+        return {**hyper, "maximize": group["maximize"], "variant": variant, "loss_rose": False}
 
     def initial(self, key: str, group: dict[str, Any]) -> float:
         return float(group["lr"]) if key == "step_size" else 0.0
 
     def update_by_torch(self, group: dict[str, Any]) -> None:
-        lists: list[Any] = [[] for _ in range(5)]
-        has_complex = bool(self._init_group(group, *lists))
-        names = ("foreach", "differentiable", "capturable", "maximize")
-        options: Any = {name: group[name] for name in names}
-        rprop(*lists, has_complex=has_complex, **_limits(group), **options)  # type: ignore[misc]
+        self._step_as(torch.optim.Rprop, group)
 
     def _check(self, group: dict[str, Any]) -> None:
         if self._option(group, "variant") not in VARIANTS:
@@ -196,8 +192,3 @@ def launcher() -> Callable[..., None]:
 @lru_cache(64)
 def _rounded(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.float32, device="cpu"))
-
-
-def _limits(group: dict[str, Any]) -> dict[str, Any]:
-    names = ("etaminus", "etaplus", "step_size_min", "step_size_max")
-    return dict(zip(names, (*group["etas"], *group["step_sizes"]), strict=True))

@@ -1,6 +1,7 @@
 """An optimizer's rule, its options and its param groups."""
 
 from collections.abc import Sequence
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -47,6 +48,14 @@ class RuleOptimizer(torch.optim.Optimizer):
             step = {"step": float(entry["step"])} if rule.takes_step else {}
             states = [entry[key] if key in rule.used else None for key in rule.state]
             update_alone(rule, param, param.grad, states, {**hyper, **step})
+
+    def _step_as(self, stock: type[torch.optim.Optimizer], group: dict[str, Any]) -> None:
+        """The step of one of torch's optimizers, without hooks and modes, over one group."""
+        groups, self.param_groups = self.param_groups, [group]
+        try:
+            unwrap(stock.step)(self)
+        finally:
+            self.param_groups = groups
 
     def _why_torch(self, group: dict[str, Any]) -> str | None:
         """Why a group is left to torch as a whole; None if it is not."""
