@@ -77,9 +77,6 @@ from tritonopt.units import Work
 
 __all__ = ["FusedOptimizer", "Rule"]
 
-_HAS_ACCELERATOR = torch.accelerator.current_accelerator() is not None
-"""Whether this torch is built for one, which a graph may be capturing on."""
-
 
 class FusedOptimizer(RuleOptimizer):
     """A base of optimizers whose rule updates every element by itself: see the module's docstring.
@@ -168,8 +165,7 @@ class FusedOptimizer(RuleOptimizer):
     )
     def _update(self, loss: Any) -> None:
         """What is left of a step once the gradients are there; dynamo does not trace it."""
-        if _HAS_ACCELERATOR:
-            self._accelerator_graph_capture_health_check()
+        self._accelerator_graph_capture_health_check()
         self._opt_called = True
         amp = vars(self) if self._has_fused_amp() else {}
         enabled = torch.is_grad_enabled()
@@ -228,11 +224,9 @@ class FusedOptimizer(RuleOptimizer):
     def describe(self) -> str:
         """A table of what updates which parameters, and why any of them is not packed.
 
-        A line is what one launch, or one sweep on a CPU, can update: parameters of one group,
-        device and dtype. *packed* ones lie in a slab, or will from the first step on; *in place*
-        ones take part from where they are; *torch* ones are left to torch's functional
-        implementation. The bytes are the least a step can move: parameter, gradient and state
-        read, parameter and state written. Below the table stand the reasons.
+        *packed* ones lie in a slab, or will from the first step on; *in place* ones take part from
+        where they are; *torch* ones are left to torch's own code. The bytes are the least a step
+        can move: parameter, gradient and state read, parameter and state written.
 
         Example:
             >>> model = torch.nn.Linear(4, 4)
