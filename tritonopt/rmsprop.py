@@ -69,9 +69,9 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     torch can do raises. A checkpoint that lacks them leaves the values that the optimizer was built
     with; torch loads ours and leaves them aside.
 
-    State is made, as in torch, at the first step at which a parameter has a gradient. Of each
-    parameter, each of its shape and dtype but ``step`` (a float32 scalar): ``step``,
-    ``square_avg``, ``momentum_buffer`` if ``momentum`` is positive, ``grad_avg`` if ``centered``.
+    State is made, as in torch, at the first step at which a parameter has a gradient: ``step`` (a
+    float32 scalar), and of the parameter's shape and dtype ``square_avg``, ``momentum_buffer`` if
+    ``momentum`` is positive, ``grad_avg`` if ``centered``.
 
     Raises:
         ValueError: a hyperparameter is negative, a tensor ``lr`` has several elements, ``nesterov``

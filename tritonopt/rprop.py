@@ -39,12 +39,8 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
             torch. A float, or a tensor with one element.
         etas: factors ``(etaminus, etaplus)`` by which a step size shrinks and grows.
         step_sizes: the least and the greatest step size, in units of the parameter.
-        capturable: count steps on the device, so that a graph can capture :meth:`step`. On
-            accelerators only, as in torch.
-        foreach: given explicitly, True or False selects torch's own implementation.
-        maximize: ascend instead of descend.
-        differentiable: let autograd run through :meth:`step`; selects torch's own implementation.
-        fused_amp, max_grad_norm: as of :class:`tritonopt.RMSprop`.
+        capturable, foreach, maximize, differentiable, fused_amp, max_grad_norm: as of
+            :class:`tritonopt.RMSprop`.
         variant: what happens to an element whose gradient changes its sign, besides that its step
             size shrinks. All but the first are not in torch: with them, what only torch can do
             raises.
@@ -56,13 +52,12 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
               put (Igel & Hüsken 2000). The loss is what the closure given to :meth:`step` returns;
               the last one is ``last_loss`` of the param group. With ``maximize``: if it fell.
 
-    State is made, as in torch, at the first step at which a parameter has a gradient. Of each
-    parameter, each of its shape and dtype but ``step`` (a float32 scalar): ``step``,
-    ``prev`` (the last gradient, 0 after a change of sign), ``step_size``, in the gradient's dtype.
-    In torch, ``get_optimizer_state_dict`` before the first step ruins training: it takes one step
-    with an ``lr`` of 0, and step sizes become the least there is. Here that step makes state and
-    does nothing else: where ``step`` is 0 and all step sizes are, they start from the ``lr`` in
-    force when the parameter gets its first gradient.
+    State is made, as in torch, at the first step at which a parameter has a gradient: ``step`` (a
+    float32 scalar), and of the parameter's shape ``prev`` (the last gradient, 0 after a change of
+    sign) and ``step_size`` (in the gradient's dtype). In torch, ``get_optimizer_state_dict`` before
+    the first step ruins training: it takes one step with an ``lr`` of 0. Here that step makes state
+    and does nothing else: where ``step`` and all step sizes are 0, they start from the ``lr`` in
+    force at the first gradient.
 
     Raises:
         ValueError: ``lr`` is negative or has several elements, the factors are not
