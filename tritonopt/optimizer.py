@@ -165,7 +165,8 @@ class FusedOptimizer(RuleOptimizer):
     )
     def _update(self, loss: Any) -> None:
         """What is left of a step once the gradients are there; dynamo does not trace it."""
-        self._accelerator_graph_capture_health_check()
+        if torch.cuda.is_initialized() or torch.xpu.is_initialized():  # else nothing is captured
+            self._accelerator_graph_capture_health_check()
         self._opt_called = True
         amp = vars(self) if self._has_fused_amp() else {}
         enabled = torch.is_grad_enabled()

@@ -154,10 +154,14 @@ class Plan:
         given = [grad is not None or None for grad in grads]
         if not any(given):
             return
-        self._count(None if all(given) else given, skip)
-        whole = len(self.parts) == 1 and not self.apart
+        whole = all(given)
+        self._count(None if whole else given, skip)
         for part in self.parts:
-            own = grads if whole else [grads[index] for index in part.indices]
+            own = (
+                grads
+                if len(part.indices) == len(grads)
+                else [grads[index] for index in part.indices]
+            )
             if self.rule.takes_step:
                 hyper = {**hyper, "step": _common([self.steps[index] for index in part.indices])}
             part.update(own, hyper, factor, skip)
@@ -170,9 +174,8 @@ class Plan:
                 states = [c and c[index] for c in self.columns]
                 update_alone(self.rule, self.params[index], grad, states, {**hyper, **step})
         # A later backward must notice. What was looked at last is in the processor's cache.
-        for column in reversed(lists):
-            changed = column if all(given) else list(compress(column, given))
-            torch.autograd.graph.increment_version(changed)
+        changed = reversed(lists) if whole else [compress(column, given) for column in lists]
+        torch.autograd.graph.increment_version(list(chain.from_iterable(changed)))
 
     def _count(self, given: Sequence[bool | None] | None, skip: Tensor | None) -> None:
         """Adds 1 to the step of every parameter that has a gradient; None: all have."""

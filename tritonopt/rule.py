@@ -111,10 +111,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         # Groups hold an option only where it is in force: a distributed checkpoint must have every
         # key of a group, and one of torch's optimizer has torch's keys.
         options = {name: v for name, v in options.items() if v != self._options[name]}
-        self.defaults.update(options)
-        for group in self.param_groups:
+        options["capturable"] = False  # torch's check of a capture wants to find it
+        for group in (self.defaults, *self.param_groups):
             for name, value in options.items():
                 group.setdefault(name, value)
+        for group in self.param_groups:
             self._check(group)
         self._units = Units(self)
         self._pack(self.param_groups)

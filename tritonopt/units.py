@@ -56,14 +56,14 @@ class Units:
     def _divide(self) -> None:
         """Makes the groups, if options are not what they were."""
         optimizer, groups = self.optimizer, self.optimizer.param_groups
-        values = [list(map(group.get, optimizer._names)) for group in groups]
-        seen = [why_watched(), *groups, *chain.from_iterable(values)]
+        seen = [why_watched(), *groups, *chain.from_iterable(map(dict.values, groups))]
         # Not whether they are equal: a number and a tensor that was rounded are.
         if len(seen) == len(self._seen) and all(map(is_, seen, self._seen)):
             return
         self._seen = []  # until all is done: what raises here must do so again
         for group in groups:
             optimizer._check(group)
+        values = [list(map(group.get, optimizer._names)) for group in groups]
         fixed = all(_is_fixed(value) for row in values for value in row)
         firsts = [
             index for index in range(len(groups))

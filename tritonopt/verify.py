@@ -31,11 +31,15 @@ class Geometry:
 
     def fits(self, tensors: Sequence[Tensor], at: Sequence[int] | None = None) -> bool:
         """Whether these tensors are so, and lie at these addresses, if given."""
-        return len(tensors) == self.count and all(
-            (at is None or addresses(tensors[where]) == at[where])
-            and (fits(*tensors[where]) or list(_looks(tensors[where])) == looks)
-            for where, looks, fits in self.chunks
-        )
+        if len(tensors) != self.count:
+            return False
+        for where, looks, is_alike in self.chunks:
+            some = tensors[where]
+            if at is not None and addresses(some) != at[where]:
+                return False
+            if not is_alike(*some) and list(_looks(some)) != looks:
+                return False
+        return True
 
 
 def guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:

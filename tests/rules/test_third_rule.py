@@ -133,3 +133,19 @@ def test_described_and_named():
     ours = Lion(parameters([(3,), (5,)]))
     assert "2         0      0         8" in ours.describe()
     assert not ours.state
+
+
+def test_torch_checks_a_capture_of_it(monkeypatch):
+    params = parameters(SHAPES)
+    optimizer = Lion(params)
+    give_gradients(params, params)
+    optimizer.step()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    stream = type("Stream", (), {"is_capturing": lambda self: False})
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: stream())
+    optimizer.step()
+    assert not optimizer.defaults["capturable"]
+    monkeypatch.setattr(stream, "is_capturing", lambda self: True)
+    with pytest.raises(RuntimeError, match="capturable is False"):
+        optimizer.step()
