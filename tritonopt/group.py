@@ -181,10 +181,10 @@ class Group:
             return []
         try:
             self.lists, grads = self._gather()
-            fitted = self.plan.gradients(self.lists, grads)
-            if fitted is None and not self.fallback and not is_capturing(self.native[0].device):
-                self.plan = self.plan.moved(self.lists) or self.plan
-                fitted = self.plan.gradients(self.lists, grads)
+            if not self.plan.is_for(self.lists):
+                may_follow = not self.fallback and not is_capturing(self.native[0].device)
+                self.plan = self.plan.moved(self.lists) if may_follow else None
+            fitted = self.plan.fitted(grads) if self.plan is not None else None
         except (KeyError, TypeError, RuntimeError) as error:
             raise Stale from error  # of state that is gone or has no memory
         if fitted is None:

@@ -99,13 +99,13 @@ def _update(name: str, defaults: dict[str, Any], *given: list[Tensor], **options
     recent = _plans.setdefault((columns[0] or params)[0], [])  # gone with the state
     kind = rule, [len(column) for column in (grads, *columns)]
     for plan, known, _ in recent:
-        fitted = plan.gradients(lists, grads) if known == kind else None
+        fitted = plan.fitted(grads) if known == kind and plan.is_for(lists) else None
         if fitted is not None:
             break
     else:
         recent[:] = [row for row in recent if _is_current(row[0], row[2])]
         plan = _plan(rule, lists, grads)
-        fitted = plan.gradients(lists, grads)
+        fitted = plan.fitted(grads)
         assert fitted is not None
         recent.insert(0, (plan, kind, [[*map(weakref.ref, column)] for column in lists]))
         del recent[RECENT_PLANS:]

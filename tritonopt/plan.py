@@ -57,6 +57,8 @@ class Plan:
     those are whose state has another memory layout.
     """
 
+    steps_at: list[int] | None = None
+
     def __init__(
         self,
         rule: Rule,
@@ -88,12 +90,14 @@ class Plan:
         # Other tensors of the same memory: these may be moved.
         self.params, *columns, self.steps = ([t.detach() for t in column] for column in lists)
         self.columns = [column or None for column in columns]
-        self.addresses = [addresses(column) for column in lists]
         self.parts = [self._part(some) for some in self.members.values()]
-        self.joined, self.lone = spans([self.steps], 2**62, 1)
-        kinds = {(step.device, step.dtype) for step in self.steps}
-        # Else they are counted one by one: a count of several parameters is counted often.
-        self.alike = len(kinds) == 1 and len({*self.addresses[-1]}) == len(self.steps)
+        self.addresses = [addresses(column) for column in lists]
+        if self.steps_at != self.addresses[-1]:
+            self.steps_at = self.addresses[-1]
+            self.joined, self.lone = spans([self.steps], 2**62, 1)
+            kinds = {(step.device, step.dtype) for step in self.steps}
+            # Else they are counted one by one: a count of several parameters is counted often.
+            self.alike = len(kinds) == 1 and len({*self.addresses[-1]}) == len(self.steps)
 
     def moved(self, lists: Lists) -> "Plan | None":
         """The plan of tensors that are what they were and lie elsewhere; None if they are not."""
@@ -120,10 +124,11 @@ class Plan:
         written = sum(column[0].itemsize for column in (params, *columns) if column)
         return Part(some, update, device, grad_dtype, 2 * written + grad_dtype.itemsize)
 
-    def gradients(self, lists: Lists, grads: Grads) -> Grads | None:
-        """The gradients as the updates need them; None if the plan is not for these lists."""
-        if not all(map(Geometry.fits, self.geometries, lists, self.addresses)):
-            return None
+    def is_for(self, lists: Lists) -> bool:
+        return all(map(Geometry.fits, self.geometries, lists, self.addresses))
+
+    def fitted(self, grads: Grads) -> Grads | None:
+        """The gradients as the updates need them; None if the plan is not for such ones."""
         if self.expects is not None and self.expects(*grads):
             return grads
         fitted: list[Tensor | None] = []
