@@ -74,7 +74,5 @@ def _on_copies(overload: OpOverload, *lists: Any, **hyper: Any) -> list[Tensor]:
 
 def _fake(*lists: Any, **hyper: Any) -> list[Tensor]:
     if "torch._inductor.lowering" in sys.modules:  # the graph may become one of Inductor's
-        from tritonopt.compile import lowering
-
-        lowering.register()
+        from tritonopt.compile import lowering as lowering
     return [torch.empty_like(tensor) for tensor in written(lists)]
