@@ -11,10 +11,10 @@ for other backends. The graph goes to Inductor, unless it has nothing but these 
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +26,13 @@ from torch.optim.rmsprop import rmsprop
 from torch.optim.rprop import rprop
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from tritonopt import ops as ops
+from tritonopt import ops
 from tritonopt.device import path
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_listeners: list["Explanation"] = []
 _left: weakref.WeakKeyDictionary[TracingContext, list[str]] = weakref.WeakKeyDictionary()
+"""What is traced as ever, and why, by graph."""
 
 
 def tritonopt(
@@ -41,6 +41,7 @@ def tritonopt(
     *,
     mode: str | None = None,
     options: dict[str, Any] | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> Callable[..., Any]:
     """Compiles a graph of dynamo. `mode` and `options` are Inductor's, for what is left to it.
 
@@ -49,12 +50,41 @@ def tritonopt(
     inductor = torch._TorchCompileInductorWrapper(mode, options, None)  # raises what torch raises
     *nodes, output = module.graph.nodes
     calls = [node for node in nodes if _is_op(node)]
-    report = _report(calls, len(nodes) + 1)
-    for reports in _listeners:
-        reports.append(report)
+    if report is not None:
+        report(f"{len(nodes) + 1} nodes\n  " + "\n  ".join(_what_became_of(calls)))
     if calls and not output.all_input_nodes and all(_is_op(n) or _is_given(n) for n in nodes):
         return module.forward
     return inductor(module, inputs)  # type: ignore[no-any-return]
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Compiles a function with the backend, calls it once, and says what became of each graph.
+
+    Args:
+        fn: what is to be compiled. It runs: the optimizer takes a step.
+        args, kwargs: the function's arguments.
+
+    Example:
+        >>> print(tritonopt.backend.explain(optimizer.step))
+        graph 0, 10 nodes
+          replaced: RMSprop of 2 parameters (maximize=False, lr=0.01, alpha=0.99, eps=1e-08, ...)
+    """
+    reports: list[str] = []
+    torch._dynamo.reset()
+    torch.compile(fn, backend=partial(tritonopt, report=reports.append))(*args, **kwargs)
+    torch._dynamo.reset()
+    nothing = "no graph was compiled: nothing had to be computed (are there gradients?)"
+    return "\n".join(f"graph {i}, {text}" for i, text in enumerate(reports)) or nothing
+
+
+def _what_became_of(calls: list[Any]) -> list[str]:
+    lines = []
+    for call in calls:
+        title = ops.RULES[call.target._opname].title
+        options = ", ".join(f"{name}={value}" for name, value in call.kwargs.items())
+        lines.append(f"replaced: {title} of {len(call.args[0])} parameters ({options})")
+    lines += [f"left to Inductor: {what}" for what in _left.get(TracingContext.get(), [])]
+    return lines or ["left to Inductor: no step of a stock RMSprop or Rprop"]
 
 
 def _is_op(node: Node) -> bool:
@@ -74,7 +104,8 @@ def _is_wanted() -> bool:
     """Whether the graph that is being traced is for this backend."""
     output: Any = InstructionTranslator.current_tx().output
     backend: Any = innermost_backend(output.compiler_fn)
-    return getattr(backend, "compiler_fn", backend) is tritonopt
+    backend = getattr(backend, "compiler_fn", backend)
+    return getattr(backend, "func", backend) is tritonopt
 
 
 @torch.compiler.assume_constant_result
@@ -86,8 +117,7 @@ def _takes(name: str) -> bool:
     """
     output: Any = InstructionTranslator.current_tx().output
     columns = output.current_tx.symbolic_locals["lists"].realize().items
-    lists = [[_fake(x.realize()) for x in column.realize().items] for column in columns]
-    why = _why_not(lists)
+    why = _why_not([[_fake(x.realize()) for x in column.realize().items] for column in columns])
     if why:
         _left.setdefault(output.tracing_context, []).append(f"{name}, as {why}")
     return not why
@@ -129,16 +159,14 @@ def _why_not(lists: Sequence[Sequence[Any]]) -> str:
     return ""
 
 
-def _substitute(function: Any, op: Any, count: int) -> None:
-    """From now on dynamo traces an op where the stock optimizer calls `function`.
-
-    `count`: of lists that it takes.
-    """
+def _substitute(function: Any, op: Any) -> None:
+    """From now on dynamo traces an op where the stock optimizer calls `function`."""
     inlined = FunctionType(
         function.__code__, function.__globals__, function.__name__, None, function.__closure__
     )
+    taken = {argument.name: argument.kwarg_only for argument in op.default._schema.arguments}
+    count = [*taken.values()].count(False)  # of lists
     name, names = function.__name__, [*inspect.signature(function).parameters][count:]
-    taken = {argument.name for argument in op.default._schema.arguments}
 
     @torch.compiler.substitute_in_graph(function, skip_signature_check=True)
     def traced(*args: Any, **options: Any) -> None:
@@ -155,70 +183,5 @@ def _substitute(function: Any, op: Any, count: int) -> None:
         overload(*lists, **{key: value for key, value in options.items() if key in taken})
 
 
-_substitute(rmsprop, torch.ops.tritonopt.rmsprop_, 6)
-_substitute(rprop, torch.ops.tritonopt.rprop_, 5)
-
-
-# What became of it.
-
-
-class Report(NamedTuple):
-    """What became of one graph."""
-
-    replaced: list[str]
-    left: list[str]
-    nodes: int
-
-    def __str__(self) -> str:
-        lines = [f"replaced: {what}" for what in self.replaced]
-        lines += [f"left to Inductor: {what}" for what in self.left]
-        return "\n  ".join(lines or ["left to Inductor: no step of a stock RMSprop or Rprop"])
-
-
-class Explanation(list[Report]):
-    """One report per graph that was compiled."""
-
-    def __str__(self) -> str:
-        lines = [f"graph {i}, {report.nodes} nodes\n  {report}" for i, report in enumerate(self)]
-        nothing = "no graph was compiled: nothing had to be computed (are there gradients?)"
-        return "\n".join(lines) or nothing
-
-
-def _report(calls: list[Any], nodes: int) -> Report:
-    context = TracingContext.try_get()
-    replaced = []
-    for call in calls:
-        title = ops.RULES[call.target._opname].title
-        options = ", ".join(f"{name}={value}" for name, value in call.kwargs.items())
-        replaced.append(f"{title} of {len(call.args[0])} parameters ({options})")
-    return Report(replaced, [] if context is None else _left.get(context, []), nodes)
-
-
-@contextmanager
-def _listen() -> Iterator[Explanation]:
-    """Collects what becomes of graphs that are compiled now."""
-    reports = Explanation()
-    _listeners.append(reports)
-    try:
-        yield reports
-    finally:
-        _listeners[:] = [known for known in _listeners if known is not reports]
-
-
-def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Compiles a function with the backend, calls it once, and says what became of each graph.
-
-    Args:
-        fn: what is to be compiled. It runs: the optimizer takes a step.
-        args, kwargs: the function's arguments.
-
-    Example:
-        >>> print(tritonopt.backend.explain(optimizer.step))
-        graph 0, 10 nodes
-          replaced: RMSprop of 2 parameters (maximize=False, lr=0.01, alpha=0.99, eps=1e-08, ...)
-    """
-    torch._dynamo.reset()
-    with _listen() as reports:
-        torch.compile(fn, backend=tritonopt)(*args, **kwargs)
-    torch._dynamo.reset()
-    return reports
+_substitute(rmsprop, torch.ops.tritonopt.rmsprop_)
+_substitute(rprop, torch.ops.tritonopt.rprop_)
