@@ -36,8 +36,7 @@ def _lower(overload: Any, *lists: Any, **hyper: Any) -> list[ir.TensorBox]:
         for number, (boxes, column) in enumerate(zip(lists, node.args, strict=True))
     ]
     for target, copy in final_copies.items():
-        # Computes what is pending on the old value. Inductor itself would register the op before
-        # that (torch 2.11 to 2.15).
+        # Computes what is pending on the old value, which torch 2.11 to 2.15 would do too late.
         V.graph.mark_buffer_mutated(V.graph.env[target].get_name())
         copy.args = (target, target)  # nothing is left to be copied
     ir.FallbackKernel.create(overload, *columns, **hyper)
@@ -57,14 +56,13 @@ def _final_copies(node: Any) -> dict[Any, Node]:
     for copy in node.graph.find_nodes(op="call_function", target=_copy):
         target, result = copy.args
         is_result = result in node.users and arguments[result.args[1]] is target
-        is_used_once = uses[target] == 1 and not uses[get_node_storage(target)]
-        if target.op == "placeholder" and is_result and is_used_once:
+        if is_result and uses[target] == 1 and not uses[get_node_storage(target)]:
             found[target] = copy
     return found
 
 
 def _memory(node: Node) -> Any:
-    """Inputs that share a storage do not overlap: else torch would have made one input of them."""
+    """An input is its own: torch makes one of those that overlap. Others are their storage's."""
     return node if node.op == "placeholder" else get_node_storage(node)
 
 
