@@ -3,36 +3,33 @@
     >>> optimizer = torch.optim.RMSprop(model.parameters())
     >>> step = torch.compile(optimizer.step, backend="tritonopt")
 
-Compiling a stock optimizer costs Inductor a kernel's worth of work per parameter. For this backend
-dynamo does not look into torch's functional `rmsprop` and `rprop`: each call becomes one
-`tritonopt::rmsprop_` or `rprop_`. What the op does not take is traced as ever, and so is everything
-for other backends. The graph goes to Inductor, unless it has nothing but these ops.
+A stock optimizer costs Inductor a kernel per parameter. For this backend dynamo makes one op of
+each call of torch's functional `rmsprop` and `rprop`. What the op does not take is traced as ever.
+A graph goes to Inductor, unless it has nothing but these ops.
 """
 
 import inspect
-import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch._dynamo.eval_frame import innermost_backend
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.optim.rmsprop import rmsprop
 from torch.optim.rprop import rprop
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tritonopt import ops
 from tritonopt.device import path
+from tritonopt.eligible import HALF_OR_SINGLE
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-_left: weakref.WeakKeyDictionary[TracingContext, list[str]] = weakref.WeakKeyDictionary()
-"""What is traced as ever, and why, by graph."""
+_left: WeakKeyDictionary[TracingContext, list[str]] = WeakKeyDictionary()  # and why, by graph
 
 
 def tritonopt(
@@ -43,16 +40,19 @@ def tritonopt(
     options: dict[str, Any] | None = None,
     report: Callable[[str], None] | None = None,
 ) -> Callable[..., Any]:
-    """Compiles a graph of dynamo. `mode` and `options` are Inductor's, for what is left to it.
+    """Compiles a graph of dynamo, and hands a text about it to `report`.
 
     Not called by users, but by `torch.compile(fn, backend="tritonopt", mode=..., options=...)`.
+    The mode and the options are Inductor's, for what is left to it.
     """
     inductor = torch._TorchCompileInductorWrapper(mode, options, None)  # raises what torch raises
     *nodes, output = module.graph.nodes
-    calls = [node for node in nodes if _is_op(node)]
+    calls = [node for node in nodes if getattr(node.target, "namespace", "") == "tritonopt"]
     if report is not None:
         report(f"{len(nodes) + 1} nodes\n  " + "\n  ".join(_what_became_of(calls)))
-    if calls and not output.all_input_nodes and all(_is_op(n) or _is_given(n) for n in nodes):
+    computed = [node for node in nodes if node.op not in ("placeholder", "get_attr")]
+    computed = [node for node in computed if node.target != "item"]  # of what was made of a number
+    if calls == computed and not output.all_input_nodes:
         return module.forward
     return inductor(module, inputs)  # type: ignore[no-any-return]
 
@@ -87,35 +87,18 @@ def _what_became_of(calls: list[Any]) -> list[str]:
     return lines or ["left to Inductor: no step of a stock RMSprop or Rprop"]
 
 
-def _is_op(node: Node) -> bool:
-    return getattr(node.target, "namespace", "") == "tritonopt"
-
-
-def _is_given(node: Node) -> bool:
-    """Whether it is an input, or the item of a tensor that dynamo made of a number."""
-    return node.op in ("placeholder", "get_attr") or node.target == "item"
-
-
-# While dynamo traces.
-
-
-@torch.compiler.assume_constant_result
-def _is_wanted() -> bool:
-    """Whether the graph that is being traced is for this backend."""
-    output: Any = InstructionTranslator.current_tx().output
-    backend: Any = innermost_backend(output.compiler_fn)
-    backend = getattr(backend, "compiler_fn", backend)
-    return getattr(backend, "func", backend) is tritonopt
-
-
 @torch.compiler.assume_constant_result
 def _takes(name: str) -> bool:
-    """Whether the op takes the `lists` of the function that is being traced.
+    """Whether the graph is for this backend, and the op takes the `lists` of what calls this.
 
     What it looks at, dynamo guards, as the tensors are inputs of the graph. Tracing the checks
     would take twice as long as everything else.
     """
     output: Any = InstructionTranslator.current_tx().output
+    backend: Any = innermost_backend(output.compiler_fn)
+    backend = getattr(backend, "compiler_fn", backend)
+    if getattr(backend, "func", backend) is not tritonopt:
+        return False
     columns = output.current_tx.symbolic_locals["lists"].realize().items
     why = _why_not([[_fake(x.realize()) for x in column.realize().items] for column in columns])
     if why:
@@ -129,7 +112,8 @@ def _fake(variable: Any) -> Any:
 
 
 def _why_not(lists: Sequence[Sequence[Any]]) -> str:
-    params, grads, *states, steps = lists
+    *columns, steps = lists
+    params, grads, *states = columns
     tensors = [tensor for column in lists for tensor in column]
     if not params:
         return "there is no gradient"
@@ -142,14 +126,13 @@ def _why_not(lists: Sequence[Sequence[Any]]) -> str:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "autograd differentiates it"
     dtype, device = params[0].dtype, params[0].device
-    if dtype not in DTYPES:
+    if dtype not in (*HALF_OR_SINGLE, torch.float64):
         return f"it is of {dtype}"
     if path(device)[0] is None:
         return path(device)[1]
-    if any((t.dtype, t.device) != (dtype, device) for column in lists[:-1] for t in column):
+    if any((t.dtype, t.device) != (dtype, device) for column in columns for t in column):
         return "it mixes dtypes or devices"
-    pairs = [pair for column in (grads, *states) for pair in zip(column, params, strict=False)]
-    if any(tensor.size() != param.size() for tensor, param in pairs):
+    if any(t.size() != p.size() for c in columns for t, p in zip(c, params, strict=False)):
         return "a gradient or state has not its parameter's shape"
     written = [t.untyped_storage()._cdata for column in (params, *states, steps) for t in column]
     if len(set(written)) < len(written):
@@ -161,9 +144,7 @@ def _why_not(lists: Sequence[Sequence[Any]]) -> str:
 
 def _substitute(function: Any, op: Any) -> None:
     """From now on dynamo traces an op where the stock optimizer calls `function`."""
-    inlined = FunctionType(
-        function.__code__, function.__globals__, function.__name__, None, function.__closure__
-    )
+    inlined = FunctionType(function.__code__, function.__globals__, closure=function.__closure__)
     taken = {argument.name: argument.kwarg_only for argument in op.default._schema.arguments}
     count = [*taken.values()].count(False)  # of lists
     name, names = function.__name__, [*inspect.signature(function).parameters][count:]
@@ -171,7 +152,7 @@ def _substitute(function: Any, op: Any) -> None:
     @torch.compiler.substitute_in_graph(function, skip_signature_check=True)
     def traced(*args: Any, **options: Any) -> None:
         lists: Any = args[:count]
-        if not _is_wanted() or len(args) < count or not _takes(name):
+        if len(args) < count or not _takes(name):
             inlined(*args, **options)
             return
         options = {**dict(zip(names, args[count:], strict=False)), **options}
