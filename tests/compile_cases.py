@@ -1,6 +1,7 @@
 """What the tests of torch.compile share: the same optimizer twice, one of them compiled."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from cases import OURS
 from torch._dynamo.utils import counters
 from torch.optim.rmsprop import rmsprop
 
+from tritonopt import backend
 from tritonopt.device import INTERPRET
 
 skip_interpreted = pytest.mark.skipif(INTERPRET, reason="nothing is compiled")
@@ -27,6 +29,13 @@ def fresh():
 
 def graphs() -> int:
     return counters["stats"]["unique_graphs"]
+
+
+def reporting(function, **kwargs):
+    """The function compiled by the backend `tritonopt`, and the texts about its graphs."""
+    reports = []
+    chosen = partial(backend.tritonopt, report=reports.append)
+    return torch.compile(function, backend=chosen, **kwargs), reports
 
 
 def parameters(shapes=((3, 5), (), (7,), (40, 30)), device="cpu"):

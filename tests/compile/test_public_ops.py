@@ -211,6 +211,33 @@ def test_options_that_could_have_no_effect(name, option, text):
     assert torch.equal(ones, torch.ones(3)) and not zeros.any()
 
 
+@pytest.mark.parametrize("what", ["grad", "state", "lr"])
+def test_compiled_what_is_written_shares_memory_with_nothing_else(what):
+    """A graph keeps no order of writes. Side by side in one memory is another thing."""
+
+    def step(memory):
+        param, state, grad, lr = memory.split([4, 4, 4, 1])
+        shared = memory[3:7]
+        OPS.rmsprop_(
+            [param], [shared if what == "grad" else grad], [shared if what == "state" else state],
+            [], [], [], lr=shared[0] if what == "lr" else lr,
+        )  # fmt: skip
+
+    with pytest.raises(Exception, match="may share memory with nothing else"):
+        torch.compile(step, backend="aot_eager")(torch.ones(13))
+
+
+def test_compiled_pieces_of_one_memory():
+    def step(memory):
+        param, state, grad, lr = memory.split([4, 4, 4, 1])
+        OPS.rmsprop_([param], [grad], [state], [], [], [], lr=lr)
+
+    ours, theirs = torch.ones(13), torch.ones(13)
+    torch.compile(step, backend="aot_eager", fullgraph=True)(ours)
+    step(theirs)
+    torch.testing.assert_close(ours, theirs)
+
+
 def test_moved_tensors_are_updated_where_they_lie():
     arg = arguments("rprop_", [(64,)] * 20)
     step("rprop_", arg)

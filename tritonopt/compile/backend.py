@@ -3,36 +3,33 @@
     >>> optimizer = torch.optim.RMSprop(model.parameters())
     >>> step = torch.compile(optimizer.step, backend="tritonopt")
 
-Compiling a stock optimizer costs Inductor a kernel's worth of work per parameter. For this backend
-dynamo does not look into torch's functional `rmsprop` and `rprop`: each call becomes one
-`tritonopt::rmsprop_` or `rprop_`. What the op does not take is traced as ever, and so is everything
-for other backends. The graph goes to Inductor, unless it has nothing but these ops.
+A stock optimizer costs Inductor a kernel per parameter. For this backend dynamo makes one op of
+each call of torch's functional `rmsprop` and `rprop`. What the op does not take is traced as ever.
+A graph goes to Inductor, unless it has nothing but these ops.
 """
 
 import inspect
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch._dynamo.eval_frame import innermost_backend
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import TracingContext
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.optim.rmsprop import rmsprop
 from torch.optim.rprop import rprop
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from tritonopt import ops as ops
+from tritonopt import ops
 from tritonopt.device import path
+from tritonopt.eligible import HALF_OR_SINGLE
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-_listeners: list["Explanation"] = []
-_left: weakref.WeakKeyDictionary[TracingContext, list[str]] = weakref.WeakKeyDictionary()
+_left: WeakKeyDictionary[TracingContext, list[str]] = WeakKeyDictionary()  # and why, by graph
 
 
 def tritonopt(
@@ -41,53 +38,69 @@ def tritonopt(
     *,
     mode: str | None = None,
     options: dict[str, Any] | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> Callable[..., Any]:
-    """Compiles a graph of dynamo. `mode` and `options` are Inductor's, for what is left to it.
+    """Compiles a graph of dynamo, and hands a text about it to `report`.
 
     Not called by users, but by `torch.compile(fn, backend="tritonopt", mode=..., options=...)`.
+    The mode and the options are Inductor's, for what is left to it.
     """
     inductor = torch._TorchCompileInductorWrapper(mode, options, None)  # raises what torch raises
     *nodes, output = module.graph.nodes
-    calls = [node for node in nodes if _is_op(node)]
-    report = _report(calls, len(nodes) + 1)
-    for reports in _listeners:
-        reports.append(report)
-    if calls and not output.all_input_nodes and all(_is_op(n) or _is_given(n) for n in nodes):
+    calls = [node for node in nodes if getattr(node.target, "namespace", "") == "tritonopt"]
+    if report is not None:
+        report(f"{len(nodes) + 1} nodes\n  " + "\n  ".join(_what_became_of(calls)))
+    computed = [node for node in nodes if node.op not in ("placeholder", "get_attr")]
+    computed = [node for node in computed if node.target != "item"]  # of what was made of a number
+    if calls == computed and not output.all_input_nodes:
         return module.forward
     return inductor(module, inputs)  # type: ignore[no-any-return]
 
 
-def _is_op(node: Node) -> bool:
-    return getattr(node.target, "namespace", "") == "tritonopt"
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
+    """Compiles a function with the backend, calls it once, and says what became of each graph.
+
+    Args:
+        fn: what is to be compiled. It runs: the optimizer takes a step.
+        args, kwargs: the function's arguments.
+
+    Example:
+        >>> print(tritonopt.backend.explain(optimizer.step))
+        graph 0, 10 nodes
+          replaced: RMSprop of 2 parameters (maximize=False, lr=0.01, alpha=0.99, eps=1e-08, ...)
+    """
+    reports: list[str] = []
+    torch._dynamo.reset()
+    torch.compile(fn, backend=partial(tritonopt, report=reports.append))(*args, **kwargs)
+    torch._dynamo.reset()
+    nothing = "no graph was compiled: nothing had to be computed (are there gradients?)"
+    return "\n".join(f"graph {i}, {text}" for i, text in enumerate(reports)) or nothing
 
 
-def _is_given(node: Node) -> bool:
-    """Whether it is an input, or the item of a tensor that dynamo made of a number."""
-    return node.op in ("placeholder", "get_attr") or node.target == "item"
-
-
-# While dynamo traces.
-
-
-@torch.compiler.assume_constant_result
-def _is_wanted() -> bool:
-    """Whether the graph that is being traced is for this backend."""
-    output: Any = InstructionTranslator.current_tx().output
-    backend: Any = innermost_backend(output.compiler_fn)
-    return getattr(backend, "compiler_fn", backend) is tritonopt
+def _what_became_of(calls: list[Any]) -> list[str]:
+    lines = []
+    for call in calls:
+        title = ops.RULES[call.target._opname].title
+        options = ", ".join(f"{name}={value}" for name, value in call.kwargs.items())
+        lines.append(f"replaced: {title} of {len(call.args[0])} parameters ({options})")
+    lines += [f"left to Inductor: {what}" for what in _left.get(TracingContext.get(), [])]
+    return lines or ["left to Inductor: no step of a stock RMSprop or Rprop"]
 
 
 @torch.compiler.assume_constant_result
 def _takes(name: str) -> bool:
-    """Whether the op takes the `lists` of the function that is being traced.
+    """Whether the graph is for this backend, and the op takes the `lists` of what calls this.
 
     What it looks at, dynamo guards, as the tensors are inputs of the graph. Tracing the checks
     would take twice as long as everything else.
     """
     output: Any = InstructionTranslator.current_tx().output
+    backend: Any = innermost_backend(output.compiler_fn)
+    backend = getattr(backend, "compiler_fn", backend)
+    if getattr(backend, "func", backend) is not tritonopt:
+        return False
     columns = output.current_tx.symbolic_locals["lists"].realize().items
-    lists = [[_fake(x.realize()) for x in column.realize().items] for column in columns]
-    why = _why_not(lists)
+    why = _why_not([[_fake(x.realize()) for x in column.realize().items] for column in columns])
     if why:
         _left.setdefault(output.tracing_context, []).append(f"{name}, as {why}")
     return not why
@@ -99,7 +112,8 @@ def _fake(variable: Any) -> Any:
 
 
 def _why_not(lists: Sequence[Sequence[Any]]) -> str:
-    params, grads, *states, steps = lists
+    *columns, steps = lists
+    params, grads, *states = columns
     tensors = [tensor for column in lists for tensor in column]
     if not params:
         return "there is no gradient"
@@ -112,14 +126,13 @@ def _why_not(lists: Sequence[Sequence[Any]]) -> str:
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return "autograd differentiates it"
     dtype, device = params[0].dtype, params[0].device
-    if dtype not in DTYPES:
+    if dtype not in (*HALF_OR_SINGLE, torch.float64):
         return f"it is of {dtype}"
     if path(device)[0] is None:
         return path(device)[1]
-    if any((t.dtype, t.device) != (dtype, device) for column in lists[:-1] for t in column):
+    if any((t.dtype, t.device) != (dtype, device) for column in columns for t in column):
         return "it mixes dtypes or devices"
-    pairs = [pair for column in (grads, *states) for pair in zip(column, params, strict=False)]
-    if any(tensor.size() != param.size() for tensor, param in pairs):
+    if any(t.size() != p.size() for c in columns for t, p in zip(c, params, strict=False)):
         return "a gradient or state has not its parameter's shape"
     written = [t.untyped_storage()._cdata for column in (params, *states, steps) for t in column]
     if len(set(written)) < len(written):
@@ -129,21 +142,17 @@ def _why_not(lists: Sequence[Sequence[Any]]) -> str:
     return ""
 
 
-def _substitute(function: Any, op: Any, count: int) -> None:
-    """From now on dynamo traces an op where the stock optimizer calls `function`.
-
-    `count`: of lists that it takes.
-    """
-    inlined = FunctionType(
-        function.__code__, function.__globals__, function.__name__, None, function.__closure__
-    )
+def _substitute(function: Any, op: Any) -> None:
+    """From now on dynamo traces an op where the stock optimizer calls `function`."""
+    inlined = FunctionType(function.__code__, function.__globals__, closure=function.__closure__)
+    taken = {argument.name: argument.kwarg_only for argument in op.default._schema.arguments}
+    count = [*taken.values()].count(False)  # of lists
     name, names = function.__name__, [*inspect.signature(function).parameters][count:]
-    taken = {argument.name for argument in op.default._schema.arguments}
 
     @torch.compiler.substitute_in_graph(function, skip_signature_check=True)
     def traced(*args: Any, **options: Any) -> None:
         lists: Any = args[:count]
-        if not _is_wanted() or len(args) < count or not _takes(name):
+        if len(args) < count or not _takes(name):
             inlined(*args, **options)
             return
         options = {**dict(zip(names, args[count:], strict=False)), **options}
@@ -155,70 +164,5 @@ def _substitute(function: Any, op: Any, count: int) -> None:
         overload(*lists, **{key: value for key, value in options.items() if key in taken})
 
 
-_substitute(rmsprop, torch.ops.tritonopt.rmsprop_, 6)
-_substitute(rprop, torch.ops.tritonopt.rprop_, 5)
-
-
-# What became of it.
-
-
-class Report(NamedTuple):
-    """What became of one graph."""
-
-    replaced: list[str]
-    left: list[str]
-    nodes: int
-
-    def __str__(self) -> str:
-        lines = [f"replaced: {what}" for what in self.replaced]
-        lines += [f"left to Inductor: {what}" for what in self.left]
-        return "\n  ".join(lines or ["left to Inductor: no step of a stock RMSprop or Rprop"])
-
-
-class Explanation(list[Report]):
-    """One report per graph that was compiled."""
-
-    def __str__(self) -> str:
-        lines = [f"graph {i}, {report.nodes} nodes\n  {report}" for i, report in enumerate(self)]
-        nothing = "no graph was compiled: nothing had to be computed (are there gradients?)"
-        return "\n".join(lines) or nothing
-
-
-def _report(calls: list[Any], nodes: int) -> Report:
-    context = TracingContext.try_get()
-    replaced = []
-    for call in calls:
-        title = ops.RULES[call.target._opname].title
-        options = ", ".join(f"{name}={value}" for name, value in call.kwargs.items())
-        replaced.append(f"{title} of {len(call.args[0])} parameters ({options})")
-    return Report(replaced, [] if context is None else _left.get(context, []), nodes)
-
-
-@contextmanager
-def _listen() -> Iterator[Explanation]:
-    """Collects what becomes of graphs that are compiled now."""
-    reports = Explanation()
-    _listeners.append(reports)
-    try:
-        yield reports
-    finally:
-        _listeners[:] = [known for known in _listeners if known is not reports]
-
-
-def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Compiles a function with the backend, calls it once, and says what became of each graph.
-
-    Args:
-        fn: what is to be compiled. It runs: the optimizer takes a step.
-        args, kwargs: the function's arguments.
-
-    Example:
-        >>> print(tritonopt.backend.explain(optimizer.step))
-        graph 0, 10 nodes
-          replaced: RMSprop of 2 parameters (maximize=False, lr=0.01, alpha=0.99, eps=1e-08, ...)
-    """
-    torch._dynamo.reset()
-    with _listen() as reports:
-        torch.compile(fn, backend=tritonopt)(*args, **kwargs)
-    torch._dynamo.reset()
-    return reports
+_substitute(rmsprop, torch.ops.tritonopt.rmsprop_)
+_substitute(rprop, torch.ops.tritonopt.rprop_)

@@ -1,7 +1,6 @@
-"""Compilers see an op as one that returns what it writes.
+"""Compilers see an op as one that returns what it writes: `rmsprop_` as its twin `rmsprop`.
 
-Which value was read before it, and which after it, is then said by the graph, and nobody has to
-find out. `tritonopt::rmsprop`, without the underscore, is the functional twin of `rmsprop_`.
+Which value was read before it, and which after it, is then said by the graph.
 """
 
 import re
@@ -15,8 +14,7 @@ from torch import Tensor
 from torch._C._dynamo.guards import compute_overlapping_tensors
 from torch._ops import OpOverload
 
-TWINS: dict[OpOverload, OpOverload] = {}
-"""By the op that writes in place."""
+TWINS: dict[OpOverload, OpOverload] = {}  # by the op that writes in place
 
 
 def define_twin(library: torch.library.Library, overload: OpOverload, schema: str) -> None:
@@ -55,11 +53,9 @@ def _check_aliases(lists: Sequence[list[Tensor]], hyper: dict[str, Any]) -> None
     owners: dict[Any, list[Tensor]] = {}
     for tensor in written(lists):
         owners.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
-    shared = [same for same in owners.values() if len(same) > 1]
-    for tensor in (*lists[1], *(x for x in hyper.values() if isinstance(x, Tensor))):
-        same = owners.get(tensor.untyped_storage()._cdata, [])
-        shared += [[other, tensor] for other in same]
-    if any(compute_overlapping_tensors(same) for same in shared):
+    read = [*lists[1], *(x for x in hyper.values() if isinstance(x, Tensor))]
+    beside = [[*owners.get(x.untyped_storage()._cdata, []), x] for x in read]
+    if any(map(compute_overlapping_tensors, [*owners.values(), *beside])):
         raise NotImplementedError(
             "tritonopt: in a compiled graph, what an op writes may share memory with nothing else "
             "that it takes"
@@ -74,7 +70,5 @@ def _on_copies(overload: OpOverload, *lists: Any, **hyper: Any) -> list[Tensor]:
 
 def _fake(*lists: Any, **hyper: Any) -> list[Tensor]:
     if "torch._inductor.lowering" in sys.modules:  # the graph may become one of Inductor's
-        from tritonopt.compile import lowering
-
-        lowering.register()
+        from tritonopt.compile import lowering as lowering
     return [torch.empty_like(tensor) for tensor in written(lists)]

@@ -52,29 +52,23 @@ class CompiledSweep(Sweep):
         graph, numbers, _ = known
         graph.run([numel, numbers, grad, *flats])
 
-    def _graph(
-        self, many: bool, dtype: torch.dtype, hyper: dict[str, Any]
-    ) -> tuple["Graph", Tensor]:
+    def _graph(self, many: bool, dtype: torch.dtype, hyper: dict[str, Any]) -> Any:
         """The graph of an update, and the numbers that are its input."""
         constants = {name: value for name, value in hyper.items() if _is_constant(name, value)}
         numbers = {name: float(v) for name, v in hyper.items() if name not in constants}
         dtypes = [column and column[0].dtype for column in self.columns]
-        options = sorted((name, repr(value)) for name, value in self.kwargs.items())
-        kind = self.rule, many, dtype, *dtypes, *constants.items(), *numbers, *options
+        options = repr(sorted(self.kwargs.items()))
+        kind = self.rule, many, dtype, *dtypes, *constants.items(), *numbers, options
         if kind not in _graphs:
             loop = PARALLEL_LOOP if many else SERIAL_LOOP
-            fixed = self.rule, self.dtype, constants, [*numbers]
-            _graphs[kind] = Graph(fixed, self.kwargs, loop)
-        values = torch.tensor([*numbers.values()], dtype=torch.float64, device="cpu")
-        return _graphs[kind], values
+            _graphs[kind] = Graph((self.rule, self.dtype, constants, [*numbers]), loop, self.kwargs)
+        return _graphs[kind], torch.tensor([*numbers.values()], dtype=torch.float64, device="cpu")
 
 
 def _immutable(hyper: dict[str, Any]) -> dict[str, Any]:
     """With the values that tensors have now, and with the scalar that `step` makes for a loop."""
-    values: dict[str, Any] = {
-        name: v if isinstance(v, (int, float, str, NoneType)) else float(v)
-        for name, v in hyper.items()
-    }
+    kinds = int, float, str, NoneType
+    values: Any = {name: v if isinstance(v, kinds) else float(v) for name, v in hyper.items()}
     if "step" in values:
         values["correction"] = 1 - values["alpha"] ** values.pop("step")
     return values
@@ -94,9 +88,7 @@ class Graph:
     It is a backend of dynamo itself: the one it is asked for, which also keeps the code.
     """
 
-    def __init__(
-        self, fixed: tuple[Any, ...], kwargs: dict[str, Any], loop: dict[str, Any]
-    ) -> None:
+    def __init__(self, fixed: tuple[Any, ...], loop: Any, kwargs: dict[str, Any]) -> None:
         self._fixed, self._loop = fixed, loop
         self._backend = kwargs.get("backend", "inductor")
         # With a code object of its own: dynamo limits the graphs per code object, and would run
@@ -106,7 +98,7 @@ class Graph:
         torch.compile(function, **kwargs)  # raises where an option is wrong
         self._compiled = torch.compile(function, **{**kwargs, "backend": self})
         self._lock = threading.RLock()
-        self._inputs: list[Any] = []
+        self._inputs: list[Any] = []  # of the update that runs through dynamo
         self.reset()
 
     def reset(self) -> None:
@@ -132,7 +124,7 @@ class Graph:
         # Else dynamo makes symbols of floats, and bakes in their values without a guard.
         with self._lock, torch._dynamo.config.patch(specialize_float=True):
             self._inputs = [numel, numbers, *bare]
-            self._compiled(*self._fixed, numbers, *bare)
+            self._compiled(self._fixed, numbers, *bare)
             self._inputs = []
 
     def __call__(self, module: Any, inputs: Any, **given: Any) -> Callable[..., Any]:
@@ -145,9 +137,8 @@ class Graph:
             # a program for each set of them: without its cache that is 4 of 10 s to the first step.
             if config.cpp.vec_isa_ok is None and get_cpu_capability() in ("AVX2", "AVX512"):
                 options = {"cpp.vec_isa_ok": True, **options}
-            inductor = torch._TorchCompileInductorWrapper(given.get("mode"), None, None)
-            inductor.apply_options(options)
-            code = inductor(module, inputs)
+            compile_: Any = torch._TorchCompileInductorWrapper(given.get("mode"), options, None)
+            code = compile_(module, inputs)
         else:
             code = lookup_backend(self._backend)(module, inputs, **given)
 
@@ -165,19 +156,12 @@ class Graph:
         return code if module.graph.output_node().all_input_nodes else noted
 
 
-def update(
-    rule: Callable[..., None],
-    dtype: torch.dtype,
-    constants: dict[str, Any],
-    names: list[str],
-    numbers: Tensor,
-    grad: Tensor,
-    *flats: Tensor | None,
-) -> None:
+def update(fixed: tuple[Any, ...], numbers: Tensor, grad: Tensor, *flats: Any) -> None:
     """One step in the compute dtype; Inductor makes the copies part of the loop."""
+    rule, dtype, constants, names = fixed
     hyper = {**constants, **dict(zip(names, numbers.unbind(), strict=True))}
-    work = [None if flat is None else flat.to(dtype) for flat in flats]
+    work: list[Any] = [flat if flat is None else flat.to(dtype) for flat in flats]
     rule(work[0], grad.to(dtype), *work[1:], Scratch(), **hyper)
     for flat, computed in zip(flats, work, strict=True):
-        if flat is not None and computed is not None and computed.dtype != flat.dtype:
+        if flat is not None and computed.dtype != flat.dtype:
             flat.copy_(computed)

@@ -7,10 +7,7 @@ from torch._C._dynamo import eval_frame
 
 
 def untraced(reason: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """As `torch.compiler.disable`, without the import of dynamo that it takes.
-
-    `reason` is that of the graph break, and of the error under `fullgraph=True`.
-    """
+    """As `torch.compiler.disable(reason=reason)`, without the import of dynamo that it takes."""
 
     def mark(function: Any) -> Any:
         function._torchdynamo_disable = True
