@@ -4,7 +4,6 @@ Gradients lie scattered, because autograd hands over fresh tensors. Copying them
 cost 8 bytes per element; reading them through a table of addresses costs nothing.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -41,9 +40,8 @@ class Grid:
         self, numels: Sequence[int], columns: Columns, device: torch.device, block: int
     ) -> None:
         self.numels, self.device, self.block = numels, device, block
-        self.dtypes = [None if column is None else column[0].dtype for column in columns]
+        self.dtypes = [column and column[0].dtype for column in columns]
         self.tables = Tables(numels, columns, device, block)
-        self.reserve = self.tables.reserve
         self.programs = self.tables.programs
         self._compiled: dict[Any, tuple[Callable[..., None], tuple[Any, ...]]] = {}
 
@@ -68,15 +66,15 @@ class Grid:
             run, constants = found
             run(*pointers, *numbers, *switches, *constants)
             return
-        grid = len(self.programs), 1, 1
-        constants = tuple(map(_type, (grad_dtype, *self.dtypes))), self.block
-        how = {}
-        if not INTERPRETED:
-            target = triton.runtime.driver.active.get_current_target()
-            how = options(target, THREADS, constants[0])
-        compiled = kernel[grid](*pointers, *map(_fp64, numbers), *switches, *constants, **how)
-        if compiled is not None:  # the interpreter compiles nothing
-            self._compiled[key] = compiled[grid], constants
+        dtypes = grad_dtype, *self.dtypes
+        types = tuple(d and getattr(tl, str(d).removeprefix("torch.")) for d in dtypes)
+        grid, constants = (len(self.programs), 1, 1), (types, self.block)
+        if INTERPRETED:
+            kernel[grid](*pointers, *map(_fp64, numbers), *switches, *constants)
+            return
+        how = options(triton.runtime.driver.active.get_current_target(), THREADS, types)
+        compiled = kernel[grid](*pointers, *numbers, *switches, *constants, **how)
+        self._compiled[key] = compiled[grid], constants
 
 
 class Launch(Grid):
@@ -85,7 +83,7 @@ class Launch(Grid):
     def __init__(
         self, rule: Callable[..., None], params: Sequence[Tensor], columns: Columns
     ) -> None:
-        numels = [p.numel() for p in params]
+        numels = [param.numel() for param in params]
         super().__init__(numels, [params, *columns], params[0].device, BLOCK)
         self.rule = rule
         self.used = [column is not None for column in columns]
@@ -106,10 +104,12 @@ class Launch(Grid):
         given = next((grad for grad in grads if grad is not None), None)
         if given is None or not len(self.programs):
             return
-        with _on(self.device):
-            table = self.tables.find(_pointers(grads))
-            scaling = _moved(factor, self.device), _moved(skip, self.device)
-            self.grad_dtype, self.pointers = given.dtype, (table, self.programs, *scaling)
+        with torch.accelerator.device_index(self.device.index):
+            scaling = [
+                t if t is None else t.to(self.device, non_blocking=True) for t in (factor, skip)
+            ]
+            self.grad_dtype = given.dtype
+            self.pointers = self.tables.find(grads), self.programs, *scaling
             self.rule(self, **hyper)
 
     def run(
@@ -158,28 +158,26 @@ def rprop_(
     launch.run(rprop_kernel, numbers, (bool(maximize), variant))
 
 
-class SquareSum(Grid):
-    """The sum of the squares of scattered gradients of one device and dtype."""
+def square_sum(
+    grads: Sequence[Tensor | None], numels: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The sum of the squares of scattered gradients: in fp32, for fp64 in fp64.
 
-    def __init__(self, numels: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(numels, [], device, NORM_BLOCK)
-        self.dtype = dtype
-
-    def __call__(self, grads: Sequence[Tensor | None]) -> Tensor:
-        """In fp32; in fp64 for fp64. The same gradients give the same bits."""
-        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        sums = torch.empty(len(self.programs), dtype=dtype, device=self.device)
-        if len(sums):
-            with _on(self.device):
-                table = self.tables.find(_pointers(grads))
-                self.launch(square_sum_kernel, self.dtype, (table, self.programs, sums))
-                if not is_capturing(self.device):
-                    self.reserve()
-        return sums.sum()
+    The same gradients give the same bits.
+    """
+    grid = _norm_grid(tuple(numels), device)
+    sums = torch.empty_like(grid.programs, dtype=torch.promote_types(dtype, torch.float32))
+    if len(sums):
+        with torch.accelerator.device_index(device.index):
+            pointers = grid.tables.find(grads), grid.programs, sums
+            grid.launch(square_sum_kernel, dtype, pointers)
+    return sums.sum()
 
 
-square_sum = lru_cache(maxsize=16)(SquareSum)
-"""Found again at each step by what it is made from: nothing in it belongs to one optimizer."""
+@lru_cache(maxsize=16)
+def _norm_grid(numels: Sequence[int], device: torch.device) -> Grid:
+    """Nothing in it belongs to one optimizer."""
+    return Grid(numels, [], device, NORM_BLOCK)
 
 
 def options(target: Any, threads: int, types: Sequence[Any]) -> dict[str, Any]:
@@ -190,31 +188,9 @@ def options(target: Any, threads: int, types: Sequence[Any]) -> dict[str, Any]:
     return found
 
 
-def _type(dtype: torch.dtype | None) -> Any:
-    return dtype and getattr(tl, str(dtype).removeprefix("torch."))
-
-
 def _fp64(value: float) -> Any:
-    """A scalar argument; the interpreter would round a Python float to fp32."""
-    if not INTERPRETED:
-        return value
+    """A scalar argument for the interpreter, which rounds a Python float to fp32."""
     import numpy as np
     from triton.runtime.interpreter import TensorHandle
 
     return tl.tensor(TensorHandle(np.array([value], dtype=np.float64), tl.float64), tl.float64)
-
-
-def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device, non_blocking=True)
-
-
-def _pointers(grads: Sequence[Tensor | None]) -> tuple[int, ...]:
-    try:
-        return tuple(map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
-    except TypeError:  # of one that is missing
-        return tuple([0 if g is None else g.data_ptr() for g in grads])
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    on_cpu = device.type == "cpu"
-    return contextlib.nullcontext() if on_cpu else torch.accelerator.device_index(device.index)

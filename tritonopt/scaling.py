@@ -58,7 +58,7 @@ def total_norm(work: Sequence[tuple[Any, Sequence[Any]]]) -> Tensor:
     for kind, (numels, tensors) in scattered.items():
         from tritonopt.kernels.launch import square_sum
 
-        squares.append(square_sum(tuple(numels), *kind)(tensors))
+        squares.append(square_sum(tensors, numels, *kind))
     given = [grad for grad in rest if grad is not None]
     norm: Any = get_total_norm(given)
     norm = norm.full_tensor() if is_sharded(norm) else norm

@@ -102,8 +102,8 @@ def test_a_table_is_uploaded_only_when_an_address_changed(device, monkeypatch):
     params, grads, prevs, step_sizes = tensors([5, 6], device)
     others = [grad.clone() for grad in grads]
     uploads = []
-    buffers = tables._buffers
-    monkeypatch.setattr(tables, "_buffers", lambda *args: uploads.append(args) or buffers(*args))
+    fill = tables.Tables._fill
+    monkeypatch.setattr(tables.Tables, "_fill", lambda *args: uploads.append(args) or fill(*args))
     update = launch.Launch(launch.rprop_, params, [prevs, step_sizes])
     partly = [None, others[1]]
     for chosen, count in ((grads, 1), (grads, 1), (others, 2), (grads, 2), (partly, 3)):
