@@ -20,7 +20,7 @@ names = pytest.mark.parametrize("name", sorted(OURS))
 def capture(monkeypatch):
     """A switch: while it is on, every stream says that it records."""
     state = {"on": False}
-    kernels = ("kernels.launch", "kernels.tables")
+    kernels = ("kernels.launch", "kernels.grid")
     for module in ("device", "units", "group", "plan", "ops", "rprop", *kernels):
         monkeypatch.setattr(f"tritonopt.{module}.is_capturing", lambda device: state["on"])
     return state
@@ -46,7 +46,7 @@ def test_interpreted_capture_allocates_and_reads_nothing(name, capture, monkeypa
         raise AssertionError("not during a capture")
 
     with monkeypatch.context() as during:
-        during.setattr("tritonopt.kernels.tables.Tables._buffers", refuse)
+        during.setattr("tritonopt.kernels.grid.Grid._buffers", refuse)
         during.setattr("tritonopt.slab.allocate", refuse)
         during.setattr(torch.cuda, "synchronize", refuse)
         for method in ("item", "__float__", "__bool__", "tolist", "cpu", "to", "pin_memory"):
@@ -54,7 +54,7 @@ def test_interpreted_capture_allocates_and_reads_nothing(name, capture, monkeypa
         capture["on"] = True
         ((known, grads),) = optimizer._units.look(None)
         known.plan._count(grads, None)
-        launch.tables.find(grads)
+        launch.table(grads)
 
 
 @interpreted
@@ -66,7 +66,7 @@ def test_interpreted_tables_of_captures_are_never_written_again(name, capture):
         capture["on"] = True
         for p in optimizer.param_groups[0]["params"]:
             p.grad = torch.randn_like(p)
-        table = launch.tables.find([p.grad for p in optimizer.param_groups[0]["params"]])
+        table = launch.table([p.grad for p in optimizer.param_groups[0]["params"]])
         captured.append((table, table.clone()))
         capture["on"] = False
         for _ in range(10):
@@ -81,13 +81,13 @@ def test_interpreted_tables_of_captures_are_never_written_again(name, capture):
 @names
 def test_interpreted_tables_outlive_their_launch(name, capture):
     """A graph may be replayed after the optimizer is gone."""
-    from tritonopt.kernels import tables
+    from tritonopt.kernels import grid
 
     optimizer, launch = optimizer_and_launch(name)
     capture["on"] = True
-    table = launch.tables.find([None, None])
+    table = launch.table([None, None])
     del optimizer, launch
-    assert any(table is held for pair in tables._CAPTURED for held in pair)
+    assert any(table is held for kept in grid._CAPTURED for held in kept)
 
 
 @interpreted
@@ -95,10 +95,10 @@ def test_interpreted_tables_outlive_their_launch(name, capture):
 def test_interpreted_captures_need_a_step_before(name, capture):
     optimizer, launch = optimizer_and_launch(name)
     capture["on"] = True
-    launch.tables.find([None, None])
-    launch.tables.find([None, None])
+    launch.table([None, None])
+    launch.table([None, None])
     with pytest.raises(RuntimeError, match="needs a step outside of it first"):
-        launch.tables.find([None, None])
+        launch.table([None, None])
 
 
 @interpreted
@@ -122,7 +122,7 @@ def test_interpreted_replays_equal_eager(name, capture):
     eager.param_groups[0]["lr"] = float(lr)
 
     capture["on"] = True
-    table = launch.tables.find([p.grad for p in params])
+    table = launch.table([p.grad for p in params])
     hyper = optimizer.hyper(optimizer.param_groups[0])
     capture["on"] = False
     for number in range(20):
