@@ -30,8 +30,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tritonopt.kernels.grid import REGISTERS, THREADS, options
-from tritonopt.kernels.launch import BLOCK, NORM_BLOCK
+from tritonopt.kernels.launch import BLOCK, NORM_BLOCK, REGISTERS, THREADS, options
 from tritonopt.kernels.norm import square_sum_kernel
 from tritonopt.kernels.rmsprop import rmsprop_kernel
 from tritonopt.kernels.rprop import rprop_kernel

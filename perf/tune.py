@@ -33,13 +33,13 @@ SHAPES = WORKLOADS[LABEL]
 
 def tiled(workload: Workload, block: int, threads: int) -> Step:
     """A step whose launches have another grid than the library's."""
-    from tritonopt.kernels import grid, launch
+    from tritonopt.kernels import launch
 
     def step() -> None:
-        with patch.object(launch, "BLOCK", block), patch.object(grid, "THREADS", threads):
+        with patch.multiple(launch, BLOCK=block, THREADS=threads):
             optimizer.step()
 
-    with patch.object(launch, "BLOCK", block):
+    with patch.multiple(launch, BLOCK=block, THREADS=threads):
         optimizer = workload.build(IMPLEMENTATIONS["tritonopt"])
     step()
     return step
@@ -50,7 +50,7 @@ def records(
 ) -> Iterator[dict[str, Any]]:
     if workload.device.type == "cpu" and not INTERPRET:
         raise Missing(f"no kernels run on {workload.device}")
-    from tritonopt.kernels import grid, launch
+    from tritonopt.kernels import launch
 
     steps, missing = {}, {}
     for tiling in tilings:
@@ -65,7 +65,7 @@ def records(
         yield {
             "optimizer": workload.configuration, "workload": LABEL, "dtype": dtype,
             "least_bytes": workload.least_bytes, "block": tiling[0], "threads": tiling[1],
-            "is_ours": tiling == (launch.BLOCK, grid.THREADS), **found,
+            "is_ours": tiling == (launch.BLOCK, launch.THREADS), **found,
         }  # fmt: skip
 
 

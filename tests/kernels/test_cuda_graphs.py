@@ -20,8 +20,7 @@ names = pytest.mark.parametrize("name", sorted(OURS))
 def capture(monkeypatch):
     """A switch: while it is on, every stream says that it records."""
     state = {"on": False}
-    kernels = ("kernels.launch", "kernels.grid")
-    for module in ("device", "units", "group", "plan", "ops", "rprop", *kernels):
+    for module in ("device", "units", "group", "plan", "ops", "rprop", "kernels.launch"):
         monkeypatch.setattr(f"tritonopt.{module}.is_capturing", lambda device: state["on"])
     return state
 
@@ -46,7 +45,7 @@ def test_interpreted_capture_allocates_and_reads_nothing(name, capture, monkeypa
         raise AssertionError("not during a capture")
 
     with monkeypatch.context() as during:
-        during.setattr("tritonopt.kernels.grid.Grid._buffers", refuse)
+        during.setattr("tritonopt.kernels.launch.Grid._buffers", refuse)
         during.setattr("tritonopt.slab.allocate", refuse)
         during.setattr(torch.cuda, "synchronize", refuse)
         for method in ("item", "__float__", "__bool__", "tolist", "cpu", "to", "pin_memory"):
@@ -81,13 +80,13 @@ def test_interpreted_tables_of_captures_are_never_written_again(name, capture):
 @names
 def test_interpreted_tables_outlive_their_launch(name, capture):
     """A graph may be replayed after the optimizer is gone."""
-    from tritonopt.kernels import grid
+    from tritonopt.kernels import launch as launches
 
     optimizer, launch = optimizer_and_launch(name)
     capture["on"] = True
     table = launch.table([None, None])
     del optimizer, launch
-    assert any(table is held for kept in grid._CAPTURED for held in kept)
+    assert any(table is held for kept in launches._CAPTURED for held in kept)
 
 
 @interpreted

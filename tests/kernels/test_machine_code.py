@@ -26,7 +26,7 @@ from machine_code import (
     parse,
 )
 
-from tritonopt.kernels import arithmetic, grid
+from tritonopt.kernels import arithmetic, launch
 
 
 def cases(*axes, fast):
@@ -56,7 +56,7 @@ def test_blocks_are_those_of_the_compiler():
     code = machine_code(kernel, "fp64", "gfx942")
     text = compile_kernel(kernel, ("fp64", "fp64", "fp64"), TARGETS["gfx942"]).asm["amdgcn"]
     waves = int(re.findall(r"Occupancy: (\d+)", text)[0])  # of 64 threads, on each of 4 parts
-    assert code.blocks == waves * 4 * 64 // grid.THREADS < 16
+    assert code.blocks == waves * 4 * 64 // launch.THREADS < 16
 
 
 def test_a_narrow_access_is_a_problem():
@@ -194,7 +194,7 @@ assert seen(update, one, one.clone(), **rprop)[2] is one and len(jitted) == 6
 assert seen(update, **rprop)[2] is None and len(jitted) == 6
 grads = [grad.bfloat16() for grad in grads]
 assert tl.bfloat16 in seen(update, **rprop)[11] and len(jitted) == 7
-launch.square_sum(grads, [3000, 5], torch.float32, torch.device("cpu"))
+launch.square_sum(list(zip(grads, [3000, 5])), torch.float32, torch.device("cpu"))
 assert compiled[-1].metadata.num_warps == 4 and not compiled[-1].metadata.enable_fp_fusion
 for kernel in compiled:
     signature = next(line for line in kernel.asm["ttir"].splitlines() if "tt.func" in line)
