@@ -1,10 +1,6 @@
-"""Launches: one kernel over an address table updates every tensor where it lies.
+"""Launches: one kernel over a table of addresses updates every tensor where it lies."""
 
-Gradients lie scattered, because autograd hands over fresh tensors. Copying them into a slab would
-cost 8 bytes per element; reading them through a table of addresses costs nothing.
-"""
-
-import contextlib
+from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
@@ -15,110 +11,130 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonopt.device import is_capturing
+from tritonopt.kernels.arithmetic import INTERPRETED
 from tritonopt.kernels.norm import square_sum_kernel
 from tritonopt.kernels.rmsprop import rmsprop_kernel
 from tritonopt.kernels.rprop import rprop_kernel
-from tritonopt.kernels.tables import Columns, Tables
 
-BLOCK, THREADS = 1024, 128
-"""8 elements a thread: one 128-bit access per tensor in half precision, two in fp32."""
+BLOCK, THREADS = 1024, 128  # 8 elements a thread: 128 bits of a tensor in half precision
+NORM_BLOCK = 4096  # elements of which one program adds up the squares: 32 a thread
+RECENT_TABLES = 8  # the caching allocator repeats itself with a short period
+SPARE_TABLES = 2  # for graph captures, during which no memory can be pinned
+REGISTERS = 168  # of a thread, at most, in fp64: three blocks of 128 share a multiprocessor's 65536
 
-REGISTERS = 168
-"""A thread's at most in fp64: three blocks of 128 threads share a multiprocessor's 65536. Left to
-itself, ptxas spills 8 bytes for one block more; in fp32 it does not, and takes fewer registers than
-under any limit (Rprop at sm_90: 42; 54 where 168 are allowed)."""
+TYPES = {getattr(torch, x): getattr(tl, x) for x in ("float16", "bfloat16", "float32", "float64")}
 
-NORM_BLOCK = 4096
-"""Elements of which one program adds up the squares: 32 a thread."""
+Grads = Sequence[Tensor | None]
+Columns = Sequence[Sequence[Tensor] | None]  # what a kernel writes; None: no such state
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+_CAPTURED: list[tuple[Tensor, ...]] = []  # what captured graphs read; never written again
 
 
 class Grid:
-    """Launches kernels over scattered tensors: gradients, and `columns` of what is written."""
+    """Programs (index of a tensor << 32 | index of its block), and tables of where gradients are: a
+    row for each tensor, of numel, its gradient's address and, in each of `columns`, its own."""
 
-    def __init__(
-        self, numels: Sequence[int], columns: Columns, device: torch.device, block: int
-    ) -> None:
+    def __init__(self, numels: Sequence[int], columns: Columns, device: torch.device, block: int):
         self.numels, self.device, self.block = numels, device, block
-        self.dtypes = [None if column is None else column[0].dtype for column in columns]
-        self.tables = Tables(numels, columns, device, block)
-        self.reserve = self.tables.reserve
-        self.programs = self.tables.programs
-        self._compiled: dict[Any, tuple[Callable[..., None], tuple[Any, ...]]] = {}
+        self.types = [column and TYPES[column[0].dtype] for column in columns]
+        none = [0] * len(numels)
+        found = [none if column is None else [t.data_ptr() for t in column] for column in columns]
+        rows = torch.tensor([numels, none, *found], dtype=torch.int64, device="cpu")
+        self._rows = rows.t().contiguous()
+        blocks = (rows[0] + block - 1) // block
+        tensor = torch.repeat_interleave(blocks)
+        number = torch.arange(len(tensor), device="cpu") - (blocks.cumsum(0) - blocks)[tensor]
+        self.programs = (tensor << 32 | number).to(device)
+        self._recent: list[tuple[Any, ...]] = []  # stream, addresses, buffers
+        self._spare: list[tuple[Tensor, Tensor]] = []
+        self._compiled: dict[Any, Callable[..., None]] = {}
+
+    def table(self, grads: Grads) -> Tensor:
+        """The table of these gradients, uploaded if an address has changed; 0: there is none."""
+        try:
+            at = array("q", map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
+        except TypeError:  # of None
+            at = array("q", [0 if grad is None else grad.data_ptr() for grad in grads])
+        capturing = is_capturing(self.device)
+        if not capturing:
+            self._spare += [self._buffers() for _ in range(SPARE_TABLES - len(self._spare))]
+        elif not self._spare:
+            raise RuntimeError("a capture needs a step outside of it first, and can hold two steps")
+        stream = self.device.type != "cpu" and torch.accelerator.current_stream(self.device)
+        for row in () if capturing else self._recent:
+            if row[:2] == (stream, at):
+                return row[-1]
+        host, table = self._spare.pop() if capturing else self._buffers()
+        host.copy_(self._rows)
+        host[:, 1] = torch.frombuffer(at, dtype=torch.int64)
+        table.copy_(host, non_blocking=True)
+        if capturing:
+            _CAPTURED.append((host, table, self.programs))
+            return table
+        if stream:  # another one may have been current when they were made
+            self.programs.record_stream(stream)
+        # A new list: another thread may be reading this one, as optimizers share a norm's grid.
+        self._recent = [(stream, at, host, table), *self._recent[: RECENT_TABLES - 1]]
+        return table
+
+    def _buffers(self) -> tuple[Tensor, Tensor]:
+        """Host memory and its copy on the device, filled once: a copy may be under way."""
+        host = torch.empty_like(self._rows, pin_memory=self.device.type != "cpu")
+        return host, torch.empty_like(host, device=self.device)
 
     def launch(
-        self,
-        kernel: Any,
-        grad_dtype: torch.dtype,
-        pointers: Sequence[Tensor | None],
-        numbers: Sequence[float] = (),
-        switches: Sequence[bool | str] = (),
-    ) -> None:
-        """Launches a kernel with its arguments in order, TYPES and BLOCK left out.
-
-        Only the first launch of a kind goes through triton's JIT, which looks at every argument
-        again: 29 us on a host where the compiled kernel alone takes 10. What it would find changed
-        is in `key`.
-        """
+        self, kernel: Any, grad_dtype: torch.dtype, pointers: Grads,
+        numbers: Sequence[float] = (), switches: Sequence[bool | str] = (),
+    ) -> None:  # fmt: skip
+        """Launches a kernel with its arguments in order, TYPES and BLOCK left out."""
+        # Only the first launch of a kind goes through triton's JIT, 29 us on a host where the
+        # compiled kernel alone takes 10. What the JIT would find changed is in `key`.
         kinds = [p if p is None else (p.dtype, p.data_ptr() % 16) for p in pointers]
         key = grad_dtype, *switches, *kinds
-        found = self._compiled.get(key)
-        if found is not None:
-            run, constants = found
-            run(*pointers, *numbers, *switches, *constants)
+        run = self._compiled.get(key)
+        types, grid = (TYPES[grad_dtype], *self.types), (len(self.programs), 1, 1)
+        if run is not None:
+            run(*pointers, *numbers, *switches, types, self.block)
             return
-        grid = len(self.programs), 1, 1
-        constants = tuple(map(_type, (grad_dtype, *self.dtypes))), self.block
-        how = {}
-        if not INTERPRETED:
-            target = triton.runtime.driver.active.get_current_target()
-            how = options(target, THREADS, constants[0])
-        compiled = kernel[grid](*pointers, *map(_fp64, numbers), *switches, *constants, **how)
-        if compiled is not None:  # the interpreter compiles nothing
-            self._compiled[key] = compiled[grid], constants
+        if INTERPRETED:  # which would round a Python float to fp32
+            from triton.runtime.interpreter import TensorHandle
+
+            values = torch.tensor([numbers], dtype=torch.float64, device="cpu").t().numpy()
+            numbers = [tl.tensor(TensorHandle(value, tl.float64), tl.float64) for value in values]
+            kernel[grid](*pointers, *numbers, *switches, types, self.block)
+            return
+        how = options(triton.runtime.driver.active.get_current_target(), THREADS, types)
+        compiled = kernel[grid](*pointers, *numbers, *switches, types, self.block, **how)
+        self._compiled[key] = compiled[grid]
 
 
 class Launch(Grid):
     """The update of `params` and their state, which must not move as long as it is used."""
 
-    def __init__(
-        self, rule: Callable[..., None], params: Sequence[Tensor], columns: Columns
-    ) -> None:
-        numels = [p.numel() for p in params]
-        super().__init__(numels, [params, *columns], params[0].device, BLOCK)
+    def __init__(self, rule: Callable[..., None], params: Sequence[Tensor], columns: Columns):
+        super().__init__([p.numel() for p in params], [params, *columns], params[0].device, BLOCK)
         self.rule = rule
         self.used = [column is not None for column in columns]
-        self.grad_dtype = params[0].dtype
-        self.pointers: tuple[Tensor | None, ...] = ()
 
     def __call__(
-        self,
-        grads: Sequence[Tensor | None],
-        hyper: dict[str, Any],
-        factor: Tensor | None = None,
-        skip: Tensor | None = None,
-    ) -> None:
-        """Updates every tensor that has a gradient. A gradient has its parameter's strides.
-
-        Gradients count `factor` times; nothing is updated where `skip` is not 0.
-        """
+        self, grads: Grads, hyper: dict[str, Any],
+        factor: Tensor | None = None, skip: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Updates what has a gradient, which has its parameter's strides and counts `factor` times;
+        nothing is updated where `skip` is not 0."""
         given = next((grad for grad in grads if grad is not None), None)
         if given is None or not len(self.programs):
             return
-        with _on(self.device):
-            table = self.tables.find(_pointers(grads))
-            scaling = _moved(factor, self.device), _moved(skip, self.device)
-            self.grad_dtype, self.pointers = given.dtype, (table, self.programs, *scaling)
+        with torch.accelerator.device_index(self.device.index):
+            both = factor, skip
+            both = [x if x is None else x.to(self.device, non_blocking=True) for x in both]
+            self.pointers, self.grad_dtype = (self.table(grads), self.programs, *both), given.dtype
             self.rule(self, **hyper)
 
     def run(
-        self,
-        kernel: Any,
-        numbers: Sequence[float],
-        switches: Sequence[bool | str] = (),
-        pointers: Sequence[Tensor | None] = (),
-    ) -> None:
+        self, kernel: Any, numbers: Sequence[float], switches: Sequence[bool | str] = (),
+        pointers: Grads = (),
+    ) -> None:  # fmt: skip
         """Launches the kernel of a rule: `pointers` come behind those that every kernel takes."""
         self.launch(kernel, self.grad_dtype, (*self.pointers, *pointers), numbers, switches)
 
@@ -158,63 +174,22 @@ def rprop_(
     launch.run(rprop_kernel, numbers, (bool(maximize), variant))
 
 
-class SquareSum(Grid):
-    """The sum of the squares of scattered gradients of one device and dtype."""
-
-    def __init__(self, numels: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__(numels, [], device, NORM_BLOCK)
-        self.dtype = dtype
-
-    def __call__(self, grads: Sequence[Tensor | None]) -> Tensor:
-        """In fp32; in fp64 for fp64. The same gradients give the same bits."""
-        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        sums = torch.empty(len(self.programs), dtype=dtype, device=self.device)
-        if len(sums):
-            with _on(self.device):
-                table = self.tables.find(_pointers(grads))
-                self.launch(square_sum_kernel, self.dtype, (table, self.programs, sums))
-                if not is_capturing(self.device):
-                    self.reserve()
-        return sums.sum()
+_norm_grid = lru_cache(maxsize=16)(Grid)  # of which nothing belongs to one optimizer
 
 
-square_sum = lru_cache(maxsize=16)(SquareSum)
-"""Found again at each step by what it is made from: nothing in it belongs to one optimizer."""
+def square_sum(pairs: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Of gradients, paired with their numels, in fp32 or fp64. The same ones give the same bits."""
+    grads, numels = zip(*pairs, strict=True)
+    grid = _norm_grid(numels, (), device, NORM_BLOCK)
+    sums = torch.empty_like(grid.programs, dtype=torch.promote_types(dtype, torch.float32))
+    if len(sums):
+        with torch.accelerator.device_index(device.index):
+            grid.launch(square_sum_kernel, dtype, (grid.table(grads), grid.programs, sums))
+    return sums.sum()
 
 
 def options(target: Any, threads: int, types: Sequence[Any]) -> dict[str, Any]:
     """How the kernels are compiled. Multiply-adds are fused only where a rule says so."""
-    found = {"num_warps": threads // target.warp_size, "enable_fp_fusion": False}
-    if target.backend == "cuda" and tl.float64 in types:
-        found["maxnreg"] = min(REGISTERS, 2**16 // threads)
-    return found
-
-
-def _type(dtype: torch.dtype | None) -> Any:
-    return dtype and getattr(tl, str(dtype).removeprefix("torch."))
-
-
-def _fp64(value: float) -> Any:
-    """A scalar argument; the interpreter would round a Python float to fp32."""
-    if not INTERPRETED:
-        return value
-    import numpy as np
-    from triton.runtime.interpreter import TensorHandle
-
-    return tl.tensor(TensorHandle(np.array([value], dtype=np.float64), tl.float64), tl.float64)
-
-
-def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device, non_blocking=True)
-
-
-def _pointers(grads: Sequence[Tensor | None]) -> tuple[int, ...]:
-    try:
-        return tuple(map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
-    except TypeError:  # of one that is missing
-        return tuple([0 if g is None else g.data_ptr() for g in grads])
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    on_cpu = device.type == "cpu"
-    return contextlib.nullcontext() if on_cpu else torch.accelerator.device_index(device.index)
+    is_limited = target.backend == "cuda" and tl.float64 in types
+    limit = {"maxnreg": min(REGISTERS, 2**16 // threads)} if is_limited else {}
+    return {"num_warps": threads // target.warp_size, "enable_fp_fusion": False, **limit}

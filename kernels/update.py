@@ -10,9 +10,8 @@ import triton.language as tl
 from tritonopt.kernels.arithmetic import INTERPRETED
 
 PIECES: tl.constexpr = tl.constexpr(1 if INTERPRETED.value else 4)
-"""In which a masked block is updated, one after the other. Registers of a thread at sm_90 (triton
-3.6; RMSprop in fp32, with all of torch's options, in bf16): 4 pieces 48, 69, 44; 2 pieces 48, 78,
-48. As one, in fp32: 72, and shared memory. The interpreter is slower the more pieces there are."""
+"""In which a masked block is updated, one after the other: else it takes 72 registers a thread in
+place of 48 (more of them in README.md). The interpreter is slower the more pieces there are."""
 
 
 @triton.jit

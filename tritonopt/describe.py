@@ -1,9 +1,9 @@
 """The table that `describe()` prints."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from tritonopt import slab
@@ -11,47 +11,35 @@ from tritonopt.device import path
 from tritonopt.group import Group
 from tritonopt.shard import local
 
-HEAD = (
-    "group", "device", "dtype", "path", "packed", "in place", "torch", "elements", "bytes/step"
-)  # fmt: skip
-TEXT = ("device", "dtype", "path")
+HEAD = "group|device|dtype|path|packed|in place|torch|elements|bytes/step".split("|")
+SIDES = "><<<>>>>>"
 
 
 def table(groups: Sequence[Group], sweep_path: str, packed: bool) -> str:
-    rows: list[tuple[str, ...]] = [HEAD]
+    rows: list[Sequence[str]] = [HEAD]
     notes: list[str] = []
     for index, known in enumerate(groups):
-        totals: dict[tuple[str, ...], Counter[str]] = {}
+        totals: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
         reasons: Counter[str] = Counter()
         for kind, column, numel, nbytes, why in _members(known, sweep_path, packed):
-            totals.setdefault(kind, Counter()).update(
-                {column: 1, "elements": numel, "bytes/step": nbytes}
-            )
+            totals[kind].update({column: 1, "elements": numel, "bytes/step": nbytes})
             if why is not None:
                 reasons[f"{column.replace('torch', 'left to torch')}: {why}"] += 1
         for kind, total in totals.items():
             cells = [f"{total[name]:,}" for name in HEAD[4:]]
             if total["torch"]:
                 cells[-1] = "-"  # torch's functions are not looked into
-            rows.append((str(index), *kind, *cells))
+            rows.append((str(index), *(text.removeprefix("torch.") for text in kind), *cells))
         notes += [f"group {index}: {count} {reason}" for reason, count in reasons.items()]
         waiting = len(known.waiting) - (0 if known.native else len(known.expected()))
         if waiting:
             notes.append(f"group {index}: {waiting} without state until their first gradient")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [
-        [
-            cell.ljust(width) if name in TEXT else cell.rjust(width)
-            for name, cell, width in zip(HEAD, row, widths, strict=True)
-        ]
-        for row in rows
-    ]
-    return "\n".join([*("  ".join(row).rstrip() for row in aligned), *notes])
+    lines = ["  ".join(map("{:{}{}}".format, row, SIDES, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, *notes])
 
 
-def _members(
-    known: Group, sweep_path: str, packed: bool
-) -> Iterator[tuple[tuple[str, ...], str, int, int, str | None]]:
+def _members(known: Group, sweep_path: str, packed: bool) -> Iterator[tuple[Any, ...]]:
     """Of each parameter: device, dtype and path; the column that counts it; elements; bytes; why it
     is not packed. What has no state yet will be in one launch with its like."""
     expected = known.expected()
@@ -59,24 +47,14 @@ def _members(
     parts = known.plan.parts if known.plan is not None else []
     taken = [(known.native[i], part.bytes_per_element) for part in parts for i in part.indices]
     for param, per_element in (*taken, *native):
-        device = local(param).device
+        device, numel = local(param).device, local(param).numel()
         kind, name = path(device)
-        names = str(device), _name(param), sweep_path if kind == "eager" else name
-        why, numel = _why_in_place(param, packed), local(param).numel()
+        names = str(device), str(param.dtype), sweep_path if kind == "eager" else name
+        why = slab.why_not_packed(param)
+        if why is None and packed and slab.find(param) is None:
+            why = "nothing lies beside it, or it was moved after the first step"
         yield names, "in place" if why else "packed", numel, numel * per_element, why
     for param, why in (*known.fallback, *expected):
         if why is not None:
-            names = str(param.device), _name(param), "torch"
+            names = str(param.device), str(param.dtype), "torch"
             yield names, "torch", 0 if is_lazy(param) else param.numel(), 0, why
-
-
-def _why_in_place(param: Tensor, packed: bool) -> str | None:
-    """None for what lies in a slab, and for what the first step will move to one."""
-    why = slab.why_not_packed(param)
-    if why is None and packed and slab.find(param) is None:
-        return "nothing lies beside it, or it was moved after the first step"
-    return why
-
-
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")

@@ -203,7 +203,7 @@ class Group:
                     {**self.options, "params": params, "foreach": foreach}
                 )
         if self.plan is not None:
-            self.plan(self.lists, grads, self.hyper, *scaling, reserve=self.capturable)
+            self.plan(self.lists, grads, self.hyper, *scaling)
         if self.sharded:  # DTensors have versions of their own
             given = [param for param in self.native if param.grad is not None]
             torch.autograd.graph.increment_version(given)

