@@ -68,8 +68,8 @@ def rmsprop_(
     step: float | None = None,
     correction: float | None = None,
 ) -> None:
-    """For bias correction, `step` is the number of steps with this one, or `correction` what it
-    makes of it, for graphs, which would compute the power for every element.
+    """For bias correction, `step` is the number of steps with this one; graphs, which would compute
+    the power for every element, take the `correction` that follows from it.
 
     A fused loop has tensors for numbers. Only a float turns weight decay off."""
     if isinstance(lr, Tensor):
@@ -161,10 +161,10 @@ def rprop_(
 def _factor(product: Tensor, infinity: Any, etaminus: float, etaplus: float) -> Tensor:
     """By which step sizes grow or shrink; in place. A product that is NaN counts as 0.
 
-    No comparison, where or masked_fill: on a CPU each costs 5 to 50 times a multiply. The product
-    times infinity is an infinity or NaN, each of which nan_to_num gives a value of its own. The
-    rule tells them apart again by the backward of threshold and of hardtanh, which pass a
-    gradient on where x > bound, or low < x < high. Fused, where is the faster one.
+    No comparison, where or masked_fill: on a CPU each costs 5 to 50 times a multiply, but not if
+    fused. The product times infinity is an infinity or NaN, each of which nan_to_num gives a value
+    of its own. The rule tells them apart again by the backward of threshold and of hardtanh, which
+    pass a gradient on where x > bound, or low < x < high.
     """
     if torch.compiler.is_compiling():
         one = torch.ones_like(product)
