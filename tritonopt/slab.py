@@ -100,15 +100,15 @@ def filled(
 
     `joins`: whether an item may be in the batch of the one before it.
     """
-    batches: list[list[T]] = []
+    found: list[list[T]] = []
     room = -1
     for item in items:
         if size(item) > room or not joins(item):
-            batches.append([])
+            found.append([])
             room = limit
-        batches[-1].append(item)
+        found[-1].append(item)
         room -= size(item)
-    return batches
+    return found
 
 
 @torch.no_grad()

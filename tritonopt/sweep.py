@@ -18,9 +18,9 @@ from tritonopt.eager import Scratch
 from tritonopt.slab import filled, flattened
 from tritonopt.span import Columns, Span, all_given, spans, stretches
 
-PIECE = 2**19  # 2^20 measured alike (2 cores, 32 MiB of L3), 2^17 a third slower
-GATHERED = 2**16  # gradients up to it are. The copy of a longer one costs what operators on it do
-SERIAL = 2**15 - 1  # so far, torch runs an operator, `cat` included, on the calling thread
+PIECE = 2**19  # elements; 2^20 measured alike (2 cores, 32 MiB of L3), 2^17 a third slower
+GATHERED = 2**16  # a longer gradient is not: its copy would cost what operators on it do
+SERIAL = 2**15 - 1  # torch runs operators on no more than that, and `cat`, on the calling thread
 
 SMALL, FEW = 2**12, 4
 """Elements up to which tensors that lie apart are gathered, if they are more than a few. At 2^14
@@ -82,10 +82,9 @@ class Sweep:
         factor = None if factor is None else factor.cpu()  # of a norm over several devices
         if self.permuted:
             grads = [grad if grad is None else flattened(grad) for grad in grads]
-        keys = steps = None
-        if isinstance(hyper.get("step"), Tensor):
-            steps = hyper["step"].tolist()
-        if steps or not all_given(grads):  # what is updated together has one key
+        steps = hyper["step"].tolist() if isinstance(hyper.get("step"), Tensor) else None
+        keys = None  # what is updated together has one key
+        if steps or not all_given(grads):
             pairs = zip(grads, steps or repeat(True), strict=False)
             keys = [None if grad is None else key for grad, key in pairs]
         for some, flats in self._memory(keys):
@@ -97,7 +96,7 @@ class Sweep:
                 self._update(piece, grad, hyper)
 
     def _memory(self, keys: Sequence[Any] | None) -> Iterator[tuple[Sequence[int], Sequence[Any]]]:
-        """What is updated together, and its memory: flat parts of slabs, or copies until then."""
+        """What is updated together, and where: flat parts of slabs, or copies to be copied back."""
         batches: list[Sequence[int]] = [*self.batches]
         for span in self.spans:
             indices = range(span.first, span.first + len(span))
@@ -110,7 +109,7 @@ class Sweep:
                 batches.append(indices)
         for batch in batches:
             if keys is not None:
-                batch = sorted(batch, key=lambda index: keys[index] or 0)
+                batch = sorted(batch, key=lambda index: keys[index] or 0)  # None: no gradient
             for some in stretches(batch, keys):
                 copies = [column and self._joined(column, some) for column in self.columns]
                 yield some, copies
