@@ -12,7 +12,7 @@ from tritonopt.device import path
 from tritonopt.shard import local, same_shards
 from tritonopt.slab import is_dense
 
-HALF_OR_SINGLE = {torch.float16, torch.bfloat16, torch.float32}
+HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 BAD_GRADIENT = "has a gradient of another type, device or shape"
 
 
@@ -54,7 +54,7 @@ def why_not_native(param: Tensor) -> str | None:
         return f"is {param.layout}".replace("torch.", "")
     if not is_plain(param):
         return f"is a {type(param).__name__}"
-    if param.dtype not in HALF_OR_SINGLE | {torch.float64}:
+    if param.dtype not in (*HALF_OR_SINGLE, torch.float64):
         return f"is {param.dtype}".replace("torch.", "")
     if not is_dense(param):
         return "is not dense"
@@ -82,7 +82,7 @@ def why_not_together(param: Tensor, grad: Tensor | None, states: Sequence[Tensor
         return BAD_GRADIENT
     of_state = {state.dtype for state in states}
     dtypes = of_state | {tensor.dtype for tensor in (param, grad) if tensor is not None}
-    if len(dtypes) > 1 and (len(of_state) > 1 or not dtypes <= HALF_OR_SINGLE):
+    if len(dtypes) > 1 and (len(of_state) > 1 or not dtypes <= {*HALF_OR_SINGLE}):
         return "mixes dtypes: " + ", ".join(sorted(str(d).replace("torch.", "") for d in dtypes))
     return None
 
