@@ -6,7 +6,7 @@ torch's for-loop optimizers, so that fp32 and fp64 agree to the last bit.
 """
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,30 +17,26 @@ threshold_backward = torch.ops.aten.threshold_backward
 VARIANTS = ("irprop-", "rprop-", "rprop+", "irprop+")
 
 
-class Scratch(NamedTuple):
+class Scratch:
     """Memory for intermediate results; None: operators allocate it, or a compiler fuses them."""
 
-    first: Tensor | None = None
-    second: Tensor | None = None
-    chunks: tuple[Tensor, ...] = ()  # of the second
-
-    @classmethod
-    def of(cls, first: Tensor, second: Tensor) -> "Scratch":
+    def __init__(self, first: Tensor | None = None, second: Tensor | None = None) -> None:
+        self.first, self.second = first, second
+        self.chunks: tuple[Tensor, ...] = ()
         # Torch wakes all its threads to take the root of more than 2^11 elements, and for any other
         # operator on 2^15 or more. Roots of chunks stay on the calling thread, as the others do.
-        chunks = second.split(2**11) if 2**11 < len(second) < 2**15 else ()
-        return cls(first, second, chunks)
+        if second is not None and 2**11 < len(second) < 2**15:
+            self.chunks = second.split(2**11)
 
     def number(self, value: float) -> Any:
         """A factor or summand: operators take a tensor in a third of the time of a Python float."""
         return number(value) if self.second is not None and type(value) is float else value
 
     def sqrt(self, x: Tensor) -> Tensor:
-        """The square root, in `second`, which may be `x` itself."""
+        """The square root, in the second, which may be `x` itself."""
         if not self.chunks or self.second is None:
             return torch.sqrt(x, out=self.second)
-        if x is not self.second:
-            self.second.copy_(x)
+        self.second.copy_(x)
         torch._foreach_sqrt_(self.chunks)
         return self.second
 
@@ -72,8 +68,8 @@ def rmsprop_(
     step: float | None = None,
     correction: float | None = None,
 ) -> None:
-    """For bias correction, `step` is the number of steps with this one, or `correction` what it
-    makes of it, for graphs, which would compute the power for every element.
+    """For bias correction, `step` is the number of steps with this one; graphs, which would compute
+    the power for every element, take the `correction` that follows from it.
 
     A fused loop has tensors for numbers. Only a float turns weight decay off."""
     if isinstance(lr, Tensor):
@@ -82,7 +78,10 @@ def rmsprop_(
     if maximize:
         grad = torch.neg(grad, out=scratch.first)
     if decays and not decoupled_weight_decay:
-        grad = _add(grad, param, weight_decay, scratch.first)
+        if isinstance(weight_decay, Tensor):
+            grad = torch.addcmul(grad, param, weight_decay.to(grad.dtype))
+        else:
+            grad = torch.add(grad, param, alpha=weight_decay, out=scratch.first)
     # sqrt(v / c) is sqrt(v) / sqrt(c): taken out of the denominator, bias correction changes
     # scalars only and costs nothing per element.
     gain, rate, inverse = 1.0, lr, 1.0
@@ -118,12 +117,6 @@ def rmsprop_(
         param.add_(momentum_buffer, alpha=scale)
     else:
         param.addcdiv_(grad, avg, value=-rate)
-
-
-def _add(x: Tensor, y: Tensor, alpha: float, out: Tensor | None) -> Tensor:
-    if isinstance(alpha, Tensor):
-        return torch.addcmul(x, y, alpha.to(x.dtype))
-    return torch.add(x, y, alpha=alpha, out=out)
 
 
 def _lerp_(start: Tensor, end: Tensor, weight: float) -> None:
@@ -168,10 +161,10 @@ def rprop_(
 def _factor(product: Tensor, infinity: Any, etaminus: float, etaplus: float) -> Tensor:
     """By which step sizes grow or shrink; in place. A product that is NaN counts as 0.
 
-    No comparison, where or masked_fill: on a CPU each costs 5 to 50 times a multiply. The product
-    times infinity is an infinity or NaN, each of which nan_to_num gives a value of its own. The
-    rule tells them apart again by the backward of threshold and of hardtanh, which pass a
-    gradient on where x > bound, or low < x < high. Fused, where is the faster one.
+    No comparison, where or masked_fill: on a CPU each costs 5 to 50 times a multiply, but not if
+    fused. The product times infinity is an infinity or NaN, each of which nan_to_num gives a value
+    of its own. The rule tells them apart again by the backward of threshold and of hardtanh, which
+    pass a gradient on where x > bound, or low < x < high.
     """
     if torch.compiler.is_compiling():
         one = torch.ones_like(product)

@@ -13,7 +13,6 @@ from tritonopt.shard import local, same_shards
 from tritonopt.slab import is_dense
 
 HALF_OR_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
-
 BAD_GRADIENT = "has a gradient of another type, device or shape"
 
 
@@ -21,11 +20,10 @@ def why_watched() -> str | None:
     """Whether a mode watches operators, which it would have to see on the very tensors."""
     if torch._C._len_torch_dispatch_stack():
         return "a TorchDispatchMode"
-    if torch._C._len_torch_function_stack():
-        modes = _get_current_function_mode_stack()
-        if not all(isinstance(mode, DeviceContext) for mode in modes):  # torch.set_default_device
-            return "a TorchFunctionMode"
-    return None
+    modes = _get_current_function_mode_stack()
+    if all(isinstance(mode, DeviceContext) for mode in modes):  # torch.set_default_device
+        return None
+    return "a TorchFunctionMode"
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -41,10 +39,8 @@ def same_layout(left: Tensor, right: Tensor) -> bool:
     """Whether equal offsets are equal elements. Strides of dimensions of size 1 do not matter."""
     if left.size() != right.size():
         return False
-    if left.stride() == right.stride():
-        return True
     sizes = zip(left.size(), left.stride(), right.stride(), strict=True)
-    return all(size == 1 or a == b for size, a, b in sizes)
+    return left.stride() == right.stride() or all(size == 1 or a == b for size, a, b in sizes)
 
 
 def belongs(grad: Tensor, param: Tensor) -> bool:
@@ -92,25 +88,20 @@ def why_not_together(param: Tensor, grad: Tensor | None, states: Sequence[Tensor
 
 
 def overlapping(rows: Iterable[Sequence[Tensor]]) -> set[int]:
-    """Indices of rows (a parameter, its state) that share memory with another, or within.
-
-    One launch would write it twice at once.
-    """
+    """Rows (a parameter, its state) that share memory, which one launch would write twice."""
     ranges = []
     for index, row in enumerate(rows):
         for tensor in row:
             if is_plain(tensor) and not tensor.is_meta and (numel := tensor.numel()):
-                start, itemsize = tensor.data_ptr(), tensor.itemsize
                 if not tensor.is_contiguous():
                     dims = zip(tensor.size(), tensor.stride(), strict=True)
                     numel = 1 + sum((n - 1) * s for n, s in dims)
-                ranges.append((start, start + numel * itemsize, index))
-    ranges.sort()
+                start = tensor.data_ptr()
+                ranges.append((start, start + numel * tensor.itemsize, index))
     found: set[int] = set()
     end, owner = 0, -1
-    for start, stop, index in ranges:
+    for start, stop, index in sorted(ranges):
         if start < end:
             found |= {index, owner}
-        if stop > end:
-            end, owner = stop, index
+        end, owner = max((end, owner), (stop, index))
     return found

@@ -23,6 +23,6 @@ def local(tensor: Any) -> Any:
 def same_shards(left: Any, right: Any) -> bool:
     """Whether equal elements lie on the same rank: of two DTensors or of two plain tensors."""
     if not is_sharded(left) or not is_sharded(right):
-        return not is_sharded(left) and not is_sharded(right)
+        return is_sharded(left) == is_sharded(right)
     same = left.device_mesh == right.device_mesh and left.placements == right.placements
     return same and not any(placement.is_partial() for placement in left.placements)

@@ -1,14 +1,14 @@
 """Slabs: contiguous memory handed out in pieces that each own a storage.
 
 A slab is a layout, never the truth: parameters and state may be moved or replaced by anyone at any
-time. The storage of a piece knows its slab, so the tensor itself is asked where it lies now; there
-is no list of slabs that something else could change.
+time. The storage of a piece knows its slab, so that a tensor is asked where it lies now.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import Any, TypeVar
+from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,15 +16,11 @@ from torch.autograd.graph import get_gradient_edge
 
 T = TypeVar("T")
 
+MAX_BYTES = 2**28  # of a slab: packing holds its tensors twice for a moment
+HAVE_DLPACK = ("cpu", "cuda", "xpu")  # devices whose memory can be handed out in pieces
 LINE = 128
 """Bytes. Pieces as long begin at a multiple of it, a GPU's cache line and twice a CPU's, so that
-neither our loads nor anyone else's are split; shorter ones follow each other without a gap."""
-
-HAVE_DLPACK = ("cpu", "cuda", "xpu")
-"""Devices whose memory can be handed out so."""
-
-MAX_BYTES = 2**28
-"""Packing holds a slab's tensors twice for a moment: this bounds what that costs."""
+no load is split; shorter ones follow each other without a gap."""
 
 
 def find(tensor: Tensor) -> Tensor | None:
@@ -37,11 +33,24 @@ def find(tensor: Tensor) -> Tensor | None:
 
 
 def _fills_storage(tensor: Tensor) -> bool:
-    return bool(tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == _size(tensor))
+    return bool(tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == tensor.nbytes)
 
 
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.itemsize
+def are_neighbours(left: Tensor, right: Tensor) -> bool:
+    """Whether one ends where the other begins, in the same slab."""
+    if left.data_ptr() + left.nbytes != right.data_ptr():
+        return False
+    slab = find(left)
+    return slab is not None and slab is find(right)
+
+
+def flattened(tensor: Tensor, numel: int | None = None) -> Tensor:
+    """A dense tensor in the order of its memory; `numel`: with what follows it in its slab."""
+    slab = None if numel is None else find(tensor)
+    if numel is None or slab is None:
+        return tensor.as_strided((tensor.numel(),), (1,))
+    start = (tensor.data_ptr() - slab.data_ptr()) // slab.itemsize
+    return slab.as_strided((numel,), (1,), start)
 
 
 @torch.inference_mode(False)  # an inference tensor could not be updated outside of that mode
@@ -54,15 +63,13 @@ def allocate(
     one concerns no other. It keeps the slab alive.
     """
     if len(like) < 2 or device.type not in HAVE_DLPACK:  # nothing lies beside it
-        kind: Any = {"dtype": dtype, "device": device, "requires_grad": False}
-        return [torch.full_like(t, start, **kind) for t in like]
-    offsets, end = [], 0
+        return [torch.full_like(t, start, dtype=dtype, device=device) for t in like]
+    offsets, end, line = [], 0, LINE // dtype.itemsize
     for tensor in like:
-        nbytes = tensor.numel() * dtype.itemsize
-        start_at = -(-end // LINE) * LINE if nbytes >= LINE else end
-        offsets.append(start_at // dtype.itemsize)
-        end = start_at + nbytes
-    slab = torch.zeros(end // dtype.itemsize, dtype=dtype, device=device)
+        numel = tensor.numel()
+        offsets.append(-(-end // line) * line if numel >= line else end)
+        end = offsets[-1] + numel
+    slab = torch.zeros(end, dtype=dtype, device=device)
     if start:
         slab.fill_(start)
     pieces = []
@@ -74,33 +81,41 @@ def allocate(
     return pieces
 
 
-def batches(tensors: Iterable[Tensor], kind: Callable[[Tensor], object]) -> Iterator[list[Tensor]]:
+def batches(tensors: Iterable[Tensor], kind: Callable[[Tensor], object]) -> list[list[Tensor]]:
     """The tensors in order, in batches of one kind, each of which fits a slab."""
     kinds: dict[object, list[Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault(kind(tensor), []).append(tensor)
-    for members in kinds.values():
-        yield from filled(members, _size, MAX_BYTES)
+    sized = (filled(some, lambda t: t.numel() * t.itemsize, MAX_BYTES) for some in kinds.values())
+    return list(chain.from_iterable(sized))
 
 
-def filled(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
-    """The items in order, in batches whose sizes sum up to `limit` at most, or of one item."""
-    batch: list[T] = []
-    room = limit
+def filled(
+    items: Iterable[T],
+    size: Callable[[T], int],
+    limit: int,
+    joins: Callable[[T], bool] = lambda item: True,
+) -> list[list[T]]:
+    """The items in order, in batches whose sizes sum up to `limit` at most, or of one item.
+
+    `joins`: whether an item may be in the batch of the one before it.
+    """
+    found: list[list[T]] = []
+    room = -1
     for item in items:
-        if batch and size(item) > room:
-            yield batch
-            batch, room = [], limit
-        batch.append(item)
+        if size(item) > room or not joins(item):
+            found.append([])
+            room = limit
+        found[-1].append(item)
         room -= size(item)
-    if batch:
-        yield batch
+    return found
 
 
 @torch.no_grad()
 def pack(tensors: Iterable[Tensor]) -> None:
     """Moves the tensors that may be moved into slabs; they stay the objects that they are."""
-    movable = (t for t in tensors if find(t) is None and why_not_packed(t) is None)
+    once = dict.fromkeys(tensors)
+    movable = (t for t in once if find(t) is None and why_not_packed(t) is None)
     for batch in batches(movable, lambda t: (t.device, t.dtype)):
         if len(batch) < 2:
             continue
@@ -109,11 +124,9 @@ def pack(tensors: Iterable[Tensor]) -> None:
         except torch.OutOfMemoryError:
             return
         torch._foreach_copy_(pieces, batch)
-        if batch[0].device.type != "cpu":  # keeps their memory until this stream has read it
-            stream = torch.accelerator.current_stream(batch[0].device)
-            for tensor in batch:
-                tensor.detach().record_stream(stream)
         for tensor, piece in zip(batch, pieces, strict=True):
+            if not tensor.is_cpu:  # keeps its memory until this stream has read it
+                tensor.detach().record_stream(torch.accelerator.current_stream(tensor.device))
             tensor.data = piece
 
 
@@ -125,7 +138,6 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.stride() == preserved.stride()
 
 
-@torch.inference_mode(False)
 def _holders(tensor: Tensor) -> tuple[int, ...]:
     """How many hold the tensor (a DLPack capsule does), its storage, and the storage's object."""
     # Whether a leaf has an accumulator, which holds it, cannot be asked. This makes one if not.
@@ -136,11 +148,11 @@ def _holders(tensor: Tensor) -> tuple[int, ...]:
 
 
 @cache
-@torch.inference_mode(False)
 def _sole_holders(requires_grad: bool) -> tuple[int, ...]:
     return _holders(torch.empty(1, device="cpu", requires_grad=requires_grad))
 
 
+@torch.inference_mode(False)
 def why_not_packed(tensor: Tensor) -> str | None:
     """Why a tensor must stay where it lies; None if it may move into a slab, or lies in one.
 
@@ -157,13 +169,13 @@ def why_not_packed(tensor: Tensor) -> str | None:
         return "is not a leaf"
     if tensor.is_inference():
         return "is an inference tensor"
-    if _size(tensor) > MAX_BYTES:
+    if tensor.nbytes > MAX_BYTES:
         return f"is larger than a slab ({MAX_BYTES >> 20} MiB)"
     if find(tensor) is not None:
         return None
     if tensor.device.type not in HAVE_DLPACK:
         return f"lies on {tensor.device.type}, which has no DLPack"
-    if tensor.device.type == "cpu" and (tensor.is_shared() or tensor.is_pinned()):
+    if tensor.is_cpu and (tensor.is_shared() or tensor.is_pinned()):
         return "lies in shared or pinned memory"
     if not _fills_storage(tensor):
         return "is a view of a larger storage"

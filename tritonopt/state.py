@@ -11,10 +11,8 @@ from tritonopt import slab
 from tritonopt.eligible import why_not_native
 from tritonopt.shard import is_sharded
 
-_SCALAR = torch.empty((), device="meta")
 
-
-@torch.inference_mode(False)  # else it could not be updated outside of that mode
+@torch.inference_mode(False)
 def make_state(
     state: MutableMapping[Tensor, Any],
     params: Sequence[Tensor],
@@ -26,28 +24,24 @@ def make_state(
 
     `like_gradient`: the keys that have the gradient's dtype. `on_device`: where steps are counted.
     """
-    scalar = _get_scalar_dtype()
+
+    def kind(param: Any) -> object:
+        return (param.device, param.dtype, param.grad.dtype) if _makes_plain(param) else id(param)
+
+    scalar = torch.empty((), dtype=_get_scalar_dtype(), device="meta")
     for param in params:
         state.setdefault(param, {})  # all before any is filled: in torch's order
-    for batch in slab.batches(params, _kind):
+    for batch in slab.batches(params, kind):
         first = batch[0]
         home = first.device if on_device else torch.device("cpu")
-        columns = {"step": slab.allocate([_SCALAR] * len(batch), scalar, home)}
+        columns = {"step": slab.allocate([scalar] * len(batch), scalar.dtype, home)}
         for key, start in starts.items():
             like: Any = first.grad if key in like_gradient else first
-            if _makes_plain(first):
-                columns[key] = slab.allocate(batch, like.dtype, like.device, start)
-            else:  # of its type, which sharded checkpoints need
-                columns[key] = [torch.full_like(like, start)]
+            # One that makes no plain tensors is alone; sharded checkpoints need its type.
+            shapes = batch if _makes_plain(first) else [like]
+            columns[key] = slab.allocate(shapes, like.dtype, like.device, start)
         for param, *values in zip(batch, *columns.values(), strict=True):
             state[param].update(zip(columns, values, strict=True))
-
-
-def _kind(param: Tensor) -> object:
-    """What parameters whose state is made together have in common."""
-    if not _makes_plain(param):
-        return id(param)
-    return param.device, param.dtype, param.grad.dtype  # type: ignore[union-attr]
 
 
 def _makes_plain(param: Tensor) -> bool:
@@ -58,16 +52,15 @@ def _makes_plain(param: Tensor) -> bool:
 
 def pack_on_accelerator(params: Iterable[Tensor]) -> None:
     """Once an optimizer has them: a graph that is captured later may know where they lie."""
-    slab.pack(p for p in dict.fromkeys(params) if p.device.type != "cpu" and _may_move(p))
+    slab.pack(p for p in params if not p.is_cpu and _may_move(p))
 
 
 def pack_on_cpu(params: Iterable[Tensor], state: Mapping[Tensor, Any], keys: Iterable[str]) -> None:
     """At the first step: until then models are moved, cast and wrapped, and state is loaded."""
-    movable = [p for p in dict.fromkeys(params) if p.is_cpu and _may_move(p)]
+    movable = [p for p in params if p.is_cpu and _may_move(p)]
     slab.pack(movable)
-    entries = [entry for entry in map(state.get, movable) if entry]
     for key in dict.fromkeys(("step", *keys)):
-        values = [entry.get(key) for entry in entries]
+        values = [state[p].get(key) for p in movable if state.get(p)]
         slab.pack(value for value in values if isinstance(value, Tensor) and value.is_cpu)
 
 

@@ -1,13 +1,13 @@
 """Applies an eager rule to many tensors in pieces that stay in the CPU's cache.
 
-Eager operators over a long tensor run from memory, one pass each. Over pieces of 2^19 elements they
-run from cache, 5 times as fast. An operator costs microseconds whatever it works on: small tensors
-that lie side by side in slabs are one piece, of which only the gradients, which autograd scatters,
-are gathered first; small tensors that lie apart are gathered themselves and copied back.
+From cache, the operators of a rule are 5 times as fast. Each costs microseconds whatever it works
+on: small tensors that lie side by side in slabs are one piece, of which only the gradients, which
+autograd scatters, are gathered; small tensors that lie apart are gathered, too, and copied back.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, lru_cache
 from itertools import repeat
 from typing import Any
 
@@ -15,72 +15,55 @@ import torch
 from torch import Tensor
 
 from tritonopt.eager import Scratch
-from tritonopt.slab import filled
-from tritonopt.span import all_given, spans, stretches
+from tritonopt.slab import filled, flattened
+from tritonopt.span import Columns, Span, all_given, spans, stretches
 
-PIECE = 2**19
-"""Elements. 2^19 and 2^20 measured alike (2 cores, 32 MiB of L3), 2^17 a third slower."""
-
-GATHERED = 2**16
-"""Elements up to which a gradient is gathered. Beyond, its copy costs what operators on it do."""
+PIECE = 2**19  # elements; 2^20 measured alike (2 cores, 32 MiB of L3), 2^17 a third slower
+GATHERED = 2**16  # a longer gradient is not: its copy would cost what operators on it do
+SERIAL = 2**15 - 1  # torch runs operators on no more than that, and `cat`, on the calling thread
 
 SMALL, FEW = 2**12, 4
 """Elements up to which tensors that lie apart are gathered, if they are more than a few. At 2^14
 the copies cost as much as the operators (2 cores). So are parts of a span, between which gradients
 are missing, if they have so few elements and tensors on average: with 5 both took as long."""
 
-SERIAL = 2**15 - 1
-"""Elements up to which torch runs an operator, `cat` included, on the calling thread."""
-
 MANY, LITTLE = 200, 2**17
 """So many tensors keep the host busy until the other threads have fallen asleep; so few elements
 are updated in the 0.13 ms that it takes to wake them."""
 
-RECENT_ROOMS = 64
-"""Lengths whose scratch is kept as views. Where gradients are missing, any length may occur."""
+RECENT_ROOMS = 64  # lengths whose scratch is kept: where gradients are missing, any may occur
 
 flatten = torch._C._nn.flatten_dense_tensors
 unflatten = torch._C._nn.unflatten_dense_tensors
 
 
 class Sweep:
-    """The update of `params` and their state, which must not move as long as it is used.
-
-    `columns` has one list of tensors per state of the rule, in its order; None for an unused one.
-    """
+    """The update of `params` and their state, which must not move as long as it is used."""
 
     path = "eager"  # in `describe()`
 
     def __init__(
-        self,
-        rule: Callable[..., None],
-        params: Sequence[Tensor],
-        columns: Sequence[Sequence[Tensor] | None],
+        self, rule: Callable[..., None], params: Sequence[Tensor], columns: Columns
     ) -> None:
         self.rule = rule
         self.piece = self._piece(params)
         self.dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
         self.columns: list[Any] = [params, *columns]
-        self.computes_in_place = all(c[0].dtype is self.dtype for c in self.columns if c)
         self.permuted = not all(param.is_contiguous() for param in params)
-        self.join = torch.cat if all(param.dim() == 1 for param in params) else flatten
         if self.permuted:
-            self.columns = [c and list(map(_in_memory_order, c)) for c in self.columns]
+            self.columns = [column and list(map(flattened, column)) for column in self.columns]
+        self.in_place = all(c[0].dtype is self.dtype for c in self.columns if c)
+        self.join = torch.cat if all(p.dim() == 1 for p in self.columns[0]) else flatten
         self.spans, apart = spans(self.columns, min(self.piece, PIECE), GATHERED)
         small = [index for index in apart if params[index].numel() <= SMALL]
         small = small if len(small) > FEW else []
-        self.batches = list(filled(small, lambda index: params[index].numel(), SERIAL))
-        self.alone = [(i, self._cut(i)) for i in sorted({*apart} - {*small})]
+        self.batches = filled(small, lambda index: params[index].numel(), SERIAL)
+        self.spans += [Span.of(self.columns, [i]) for i in sorted({*apart} - {*small})]
 
     def _piece(self, params: Sequence[Tensor]) -> int:
         """Elements of a piece."""
         asleep = len(params) >= MANY and sum(p.numel() for p in params) <= LITTLE
-        return min(SERIAL, PIECE) if asleep else PIECE
-
-    def _cut(self, index: int) -> list[tuple[Any, ...]]:
-        """The pieces of a tensor and its state, in the order of `columns`."""
-        cut = [repeat(None) if c is None else _split(c[index], self.piece) for c in self.columns]
-        return list(zip(*cut, strict=False))
+        return SERIAL if asleep else PIECE
 
     def __call__(
         self,
@@ -98,101 +81,83 @@ class Sweep:
             return
         factor = None if factor is None else factor.cpu()  # of a norm over several devices
         if self.permuted:
-            grads = [grad if grad is None else _in_memory_order(grad) for grad in grads]
-        steps = keys = None
-        if isinstance(hyper.get("step"), Tensor):
-            steps, hyper = hyper["step"].tolist(), dict(hyper)
-        if steps is not None or not all_given(grads):  # what is updated together has one key
+            grads = [grad if grad is None else flattened(grad) for grad in grads]
+        steps = hyper["step"].tolist() if isinstance(hyper.get("step"), Tensor) else None
+        keys = None  # what is updated together has one key
+        if steps or not all_given(grads):
             pairs = zip(grads, steps or repeat(True), strict=False)
             keys = [None if grad is None else key for grad, key in pairs]
+        for some, flats in self._memory(keys):
+            if steps:
+                hyper = {**hyper, "step": steps[some[0]]}
+            for grad, *piece in self._pieces([self._joined(grads, some), *flats]):
+                if factor is not None:
+                    grad = grad.to(self.dtype) * factor
+                self._update(piece, grad, hyper)
 
-        def update(some: Sequence[int], flats: Sequence[Any], grad: Tensor) -> None:
-            if steps is not None:
-                hyper["step"] = steps[some[0]]
-            self._update(flats, grad if factor is None else grad.to(self.dtype) * factor, hyper)
-
-        for index, rows in self.alone:
-            whole = grads[index]
-            if whole is not None:
-                for row, piece in zip(rows, _split(whole, self.piece), strict=True):
-                    update((index,), row, piece)
+    def _memory(self, keys: Sequence[Any] | None) -> Iterator[tuple[Sequence[int], Sequence[Any]]]:
+        """What is updated together, and where: flat parts of slabs, or copies to be copied back."""
+        batches: list[Sequence[int]] = [*self.batches]
         for span in self.spans:
             indices = range(span.first, span.first + len(span))
             parts = stretches(indices, keys)
             count = len(parts)
             if count <= FEW or len(span) > FEW * count or span.offsets[-1] > SMALL * count:
                 for some in parts:
-                    update(some, span.part(some), self.join([grads[i] for i in some]))  # type: ignore[misc]
+                    yield some, span.part(some)
             else:
-                self._gather(indices, grads, keys, update)
-        for batch in self.batches:
-            self._gather(batch, grads, keys, update)
+                batches.append(indices)
+        for batch in batches:
+            if keys is not None:
+                batch = sorted(batch, key=lambda index: keys[index] or 0)  # None: no gradient
+            for some in stretches(batch, keys):
+                copies = [column and self._joined(column, some) for column in self.columns]
+                yield some, copies
+                for column, copy in zip(self.columns, copies, strict=True):
+                    if column is not None and len(some) > 1:  # else it is no copy
+                        places = [column[index] for index in some]
+                        torch._foreach_copy_(places, unflatten(copy, places))
 
-    def _gather(
-        self,
-        indices: Sequence[int],
-        grads: Sequence[Any],
-        keys: Sequence[Any] | None,
-        update: Callable[..., None],
-    ) -> None:
-        """Updates copies side by side of tensors that lie apart, and copies them back."""
-        if keys is not None:
-            given = (index for index in indices if keys[index] is not None)
-            indices = sorted(given, key=keys.__getitem__)
-        for some in stretches(indices, keys):
-            columns: Any = [c and [c[index] for index in some] for c in self.columns]
-            copies = [column and self.join(column) for column in columns]
-            update(some, copies, self.join([grads[index] for index in some]))
-            for column, copy in zip(columns, copies, strict=True):
-                if column is not None:
-                    torch._foreach_copy_(column, unflatten(copy, column))
+    def _joined(self, tensors: Any, some: Sequence[int]) -> Tensor:
+        """A view of one tensor, or a copy of several side by side."""
+        if len(some) == 1:
+            one = tensors[some[0]]
+            return one if one.dim() == 1 else one.view(-1)
+        return self.join([tensors[index] for index in some])
 
-    def _update(self, flats: Sequence[Tensor | None], grad: Tensor, hyper: dict[str, Any]) -> None:
+    def _pieces(self, flats: Sequence[Any]) -> Iterable[Sequence[Any]]:
+        if flats[0].numel() <= self.piece:
+            return (flats,)
+        cut = (repeat(None) if flat is None else flat.split(self.piece) for flat in flats)
+        return zip(*cut, strict=False)
+
+    def _update(self, flats: Sequence[Any], grad: Tensor, hyper: dict[str, Any]) -> None:
         """One piece; half precision is computed in fp32 and rounded once."""
-        dtype = self.dtype
-        scratch = _scratch.of(grad.numel(), dtype)
-        if self.computes_in_place and grad.dtype is dtype:
+        scratch = _thread.scratch(grad.numel(), self.dtype)
+        if self.in_place and grad.dtype is self.dtype:
             self.rule(flats[0], grad, *flats[1:], scratch, **hyper)
             return
-        work = [flat if flat is None else flat.to(dtype) for flat in flats]
-        self.rule(work[0], grad.to(dtype), *work[1:], scratch, **hyper)
+        work = [flat if flat is None else flat.to(self.dtype) for flat in flats]
+        self.rule(work[0], grad.to(self.dtype), *work[1:], scratch, **hyper)
         for flat, computed in zip(flats, work, strict=True):
             if computed is not flat:
-                flat.copy_(computed)  # type: ignore[union-attr,arg-type]
+                flat.copy_(computed)
 
 
-class _ThreadScratch(threading.local):
+class _Thread(threading.local):
     """Memory for intermediate results: of the process, one for each thread and dtype."""
 
     def __init__(self) -> None:
-        self.memory: dict[torch.dtype, Tensor] = {}
-        self.rooms: dict[tuple[int, torch.dtype], Scratch] = {}
+        @cache
+        @torch.inference_mode(False)
+        def memory(dtype: torch.dtype) -> Tensor:
+            return torch.empty(2, PIECE, dtype=dtype, device="cpu")
 
-    def of(self, numel: int, dtype: torch.dtype) -> Scratch:
-        room = self.rooms.get((numel, dtype))
-        if room is not None:
-            return room
-        memory = self.memory.get(dtype)
-        if memory is None or memory.size(1) < numel:
-            self.rooms.clear()
-            size = 1 << (numel - 1).bit_length()
-            with torch.inference_mode(False):
-                memory = torch.empty(2, size, dtype=dtype, device="cpu")
-            self.memory[dtype] = memory
-        if len(self.rooms) >= RECENT_ROOMS:
-            self.rooms.clear()
-        room = self.rooms[numel, dtype] = Scratch.of(*memory[:, :numel])
-        return room
+        @lru_cache(RECENT_ROOMS)
+        def scratch(numel: int, dtype: torch.dtype) -> Scratch:
+            return Scratch(*memory(dtype)[:, :numel])
+
+        self.scratch = scratch
 
 
-_scratch = _ThreadScratch()
-
-
-def _in_memory_order(tensor: Tensor) -> Tensor:
-    """A view of a dense tensor, of which no order of dimensions need be known."""
-    return tensor if tensor.is_contiguous() else tensor.as_strided((tensor.numel(),), (1,))
-
-
-def _split(tensor: Tensor, piece: int) -> Sequence[Tensor]:
-    flat = tensor if tensor.dim() == 1 else tensor.view(-1)
-    return (flat,) if flat.numel() <= piece else flat.split(piece)
+_thread = _Thread()

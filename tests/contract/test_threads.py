@@ -10,7 +10,7 @@ from cases import (
     TORCH,
     assert_follows,
 )
-from torch import Tensor, nn
+from torch import nn
 
 from tritonopt import sweep
 from tritonopt.device import INTERPRET
@@ -19,17 +19,19 @@ from tritonopt.device import INTERPRET
 def test_threads_share_no_scratch():
     places, ready = [], threading.Barrier(3)
 
-    def work():
-        scratch = sweep._scratch.of(100, torch.float32)
-        places.append({value.data_ptr() for value in scratch if isinstance(value, Tensor)})
+    def rule(param, grad, scratch):
+        places.append({scratch.first.data_ptr(), scratch.second.data_ptr()})
         ready.wait()
+
+    def work():
+        sweep.Sweep(rule, [torch.zeros(100)], [])([torch.zeros(100)], {})
 
     threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(places) == 3 and all(places)
+    assert [*map(len, places)] == [2, 2, 2]
     assert len(set().union(*places)) == sum(map(len, places))
 
 

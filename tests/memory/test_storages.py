@@ -232,7 +232,7 @@ def test_expanded_parameter_raises_as_in_torch(name):
 
 def test_several_slabs_and_pieces(name, monkeypatch):
     monkeypatch.setattr(slab, "MAX_BYTES", 600)
-    monkeypatch.setattr("tritonopt.sweep.PIECE", 64)
+    monkeypatch.setattr("tritonopt.sweep.Sweep._piece", lambda *_: 64)
     params = parameters([(7,), (40,), (100,), (), (200,), (3, 3), (64,), (65,), (33,)])
     ours, theirs, copies = twins(name, params)
     follow(ours, theirs, params, copies, 4)

@@ -145,8 +145,8 @@ def test_much_random_training(name, data):
 
 def train(name, data):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "PIECE", data.draw(st.sampled_from([2**18, 40, 1000])))
-        patch.setattr(sweep, "MANY", data.draw(st.sampled_from([sweep.MANY, 1])))
+        piece = data.draw(st.sampled_from([2**18, sweep.SERIAL, 40, 1000]))
+        patch.setattr(sweep.Sweep, "_piece", lambda *_: piece)
         patch.setattr(slab, "MAX_BYTES", data.draw(st.sampled_from([2**28, 500])))
         pair = Pair(data.draw, name)
         for _ in range(data.draw(st.integers(1, 5))):
