@@ -20,7 +20,7 @@ names = pytest.mark.parametrize("name", sorted(OURS))
 def capture(monkeypatch):
     """A switch: while it is on, every stream says that it records."""
     state = {"on": False}
-    for module in ("device", "units", "group", "plan", "ops", "rprop", "kernels.launch"):
+    for module in ("device", "group", "ops", "rprop", "kernels.launch"):
         monkeypatch.setattr(f"tritonopt.{module}.is_capturing", lambda device: state["on"])
     return state
 
