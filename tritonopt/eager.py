@@ -5,6 +5,7 @@ tensors are flat and of one dtype, scratch included. The operations and their or
 torch's for-loop optimizers, so that fp32 and fp64 agree to the last bit.
 """
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -41,6 +42,22 @@ class Scratch:
         return self.second
 
 
+def computed_in(param: Tensor) -> torch.dtype:
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def apply(
+    rule: Callable[..., None], grad: Tensor, tensors: Sequence[Any], scratch: Scratch, hyper: Any
+) -> None:
+    """A rule over one parameter and its state, `tensors`. What is half is rounded once."""
+    dtype = computed_in(tensors[0])
+    work = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
+    rule(work[0], grad.to(dtype), *work[1:], scratch, **hyper)
+    for tensor, computed in zip(tensors, work, strict=True):
+        if tensor is not None and tensor.dtype != dtype:
+            tensor.copy_(computed)
+
+
 @lru_cache(256)
 @torch.inference_mode(False)
 def number(value: float) -> Tensor:
@@ -48,26 +65,13 @@ def number(value: float) -> Tensor:
 
 
 def rmsprop_(
-    param: Tensor,
-    grad: Tensor,
-    square_avg: Tensor,
-    grad_avg: Tensor | None,
-    momentum_buffer: Tensor | None,
-    scratch: Scratch,
-    *,
-    lr: float,
-    alpha: float,
-    eps: float,
-    weight_decay: float,
-    momentum: float,
-    maximize: bool,
-    eps_in_sqrt: bool = False,
-    lr_in_momentum: bool = False,
-    nesterov: bool = False,
-    decoupled_weight_decay: bool = False,
-    step: float | None = None,
+    param: Tensor, grad: Tensor, square_avg: Tensor, grad_avg: Tensor | None,
+    momentum_buffer: Tensor | None, scratch: Scratch, *,
+    lr: float, alpha: float, eps: float, weight_decay: float, momentum: float, maximize: bool,
+    eps_in_sqrt: bool = False, lr_in_momentum: bool = False, nesterov: bool = False,
+    decoupled_weight_decay: bool = False, step: float | None = None,
     correction: float | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """For bias correction, `step` is the number of steps with this one; graphs, which would compute
     the power for every element, take the `correction` that follows from it.
 
@@ -127,20 +131,10 @@ def _lerp_(start: Tensor, end: Tensor, weight: float) -> None:
 
 
 def rprop_(
-    param: Tensor,
-    grad: Tensor,
-    prev: Tensor,
-    step_size: Tensor,
-    scratch: Scratch,
-    *,
-    etaminus: float,
-    etaplus: float,
-    step_size_min: float,
-    step_size_max: float,
-    maximize: bool,
-    variant: str = "irprop-",
-    loss_rose: bool = False,
-) -> None:
+    param: Tensor, grad: Tensor, prev: Tensor, step_size: Tensor, scratch: Scratch, *,
+    etaminus: float, etaplus: float, step_size_min: float, step_size_max: float, maximize: bool,
+    variant: str = "irprop-", loss_rose: bool = False,
+) -> None:  # fmt: skip
     if maximize:
         grad = torch.neg(grad, out=scratch.first)
     product = torch.mul(grad, prev, out=scratch.second)

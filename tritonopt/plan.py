@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tritonopt.device import path
-from tritonopt.eager import Scratch, number
+from tritonopt.eager import Scratch, apply, number
 from tritonopt.eligible import belongs, same_layout
 from tritonopt.slab import is_dense
 from tritonopt.span import all_given, spans, stretches
@@ -171,7 +171,8 @@ class Plan:
             if grad is not None:
                 step = {"step": float(self.steps[index])} if self.rule.takes_step else {}
                 states = [c and c[index] for c in self.columns]
-                update_alone(self.rule, self.params[index], grad, states, {**hyper, **step})
+                tensors = [self.params[index], *states]
+                apply(self.rule.eager, grad, tensors, Scratch(), {**hyper, **step})
         # A later backward must notice. What was looked at last is in the processor's cache.
         changed = reversed(lists) if whole else [compress(column, given) for column in lists]
         torch.autograd.graph.increment_version(list(chain.from_iterable(changed)))
@@ -189,19 +190,6 @@ class Plan:
             return
         for step in lone:
             step.add_(_one(step, skip))
-
-
-def update_alone(
-    rule: Rule, param: Tensor, grad: Tensor, states: Sequence[Tensor | None], hyper: Any
-) -> None:
-    """The eager rule over one parameter of any memory layout; in fp32 and rounded once if half."""
-    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-    given = [param.detach(), *states]
-    work = [tensor if tensor is None else tensor.to(dtype) for tensor in given]
-    rule.eager(work[0], grad.to(dtype), *work[1:], Scratch(), **hyper)
-    for tensor, computed in zip(given, work, strict=True):
-        if computed is not tensor:
-            tensor.copy_(computed)  # type: ignore[union-attr,arg-type]
 
 
 def _one(step: Tensor, skip: Tensor | None) -> Any:

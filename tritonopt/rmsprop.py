@@ -97,36 +97,19 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     _options = {**dict.fromkeys(_BEYOND_TORCH, False), "initial_scale": 0.0}
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-2,
-        alpha: float = 0.99,
-        eps: float = 1e-8,
-        weight_decay: float = 0,
-        momentum: float = 0,
-        centered: bool = False,
-        capturable: bool = False,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        differentiable: bool = False,
-        *,
-        eps_in_sqrt: bool = False,
-        lr_in_momentum: bool = False,
-        initial_scale: float = 0.0,
-        nesterov: bool = False,
-        bias_correction: bool = False,
-        decoupled_weight_decay: bool = False,
-        fused_amp: bool = False,
+        self, params: ParamsT, lr: float | Tensor = 1e-2, alpha: float = 0.99, eps: float = 1e-8,
+        weight_decay: float = 0, momentum: float = 0, centered: bool = False,
+        capturable: bool = False, foreach: bool | None = None, maximize: bool = False,
+        differentiable: bool = False, *, eps_in_sqrt: bool = False, lr_in_momentum: bool = False,
+        initial_scale: float = 0.0, nesterov: bool = False, bias_correction: bool = False,
+        decoupled_weight_decay: bool = False, fused_amp: bool = False,
         max_grad_norm: float | None = None,
-    ) -> None:
-        options = {
-            "eps_in_sqrt": eps_in_sqrt,
-            "lr_in_momentum": lr_in_momentum,
-            "initial_scale": initial_scale,
-            "nesterov": nesterov,
-            "bias_correction": bias_correction,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
+    ) -> None:  # fmt: skip
+        options = dict(
+            eps_in_sqrt=eps_in_sqrt, lr_in_momentum=lr_in_momentum, initial_scale=initial_scale,
+            nesterov=nesterov, bias_correction=bias_correction,
+            decoupled_weight_decay=decoupled_weight_decay,
+        )  # fmt: skip
         super().__init__(
             params, lr, alpha, eps, weight_decay, momentum, centered,
             capturable, foreach, maximize, differentiable, options=options,

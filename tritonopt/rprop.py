@@ -86,20 +86,11 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
     _like_gradient = ("step_size",)
 
     def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-2,
-        etas: tuple[float, float] = (0.5, 1.2),
-        step_sizes: tuple[float, float] = (1e-6, 50),
-        *,
-        capturable: bool = False,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        differentiable: bool = False,
-        variant: str = "irprop-",
-        fused_amp: bool = False,
-        max_grad_norm: float | None = None,
-    ) -> None:
+        self, params: ParamsT, lr: float | Tensor = 1e-2, etas: tuple[float, float] = (0.5, 1.2),
+        step_sizes: tuple[float, float] = (1e-6, 50), *, capturable: bool = False,
+        foreach: bool | None = None, maximize: bool = False, differentiable: bool = False,
+        variant: str = "irprop-", fused_amp: bool = False, max_grad_norm: float | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(
             params, lr, etas, step_sizes,
             capturable=capturable, foreach=foreach, maximize=maximize,

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonopt.eager import Scratch, apply
 from tritonopt.eligible import is_plain, why_watched
-from tritonopt.plan import Rule, update_alone
+from tritonopt.plan import Rule
 from tritonopt.shard import local
 from tritonopt.state import make_state, pack_on_accelerator
 from tritonopt.units import Units
@@ -47,7 +48,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             entry["step"].add_(1)
             step = {"step": float(entry["step"])} if rule.takes_step else {}
             states = [entry[key] if key in rule.used else None for key in rule.state]
-            update_alone(rule, param, param.grad, states, {**hyper, **step})
+            tensors = [param.detach(), *states]
+            apply(rule.eager, param.grad, tensors, Scratch(), {**hyper, **step})
 
     def _step_as(self, stock: type[torch.optim.Optimizer], group: dict[str, Any]) -> None:
         """The step of one of torch's optimizers, without hooks and modes, over one group."""

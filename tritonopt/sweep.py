@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonopt.eager import Scratch
+from tritonopt.eager import Scratch, apply, computed_in
 from tritonopt.slab import filled, flattened
 from tritonopt.span import Columns, Span, all_given, spans, stretches
 
@@ -47,12 +47,11 @@ class Sweep:
     ) -> None:
         self.rule = rule
         self.piece = self._piece(params)
-        self.dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
+        self.dtype = computed_in(params[0])
         self.columns: list[Any] = [params, *columns]
         self.permuted = not all(param.is_contiguous() for param in params)
         if self.permuted:
             self.columns = [column and list(map(flattened, column)) for column in self.columns]
-        self.in_place = all(c[0].dtype is self.dtype for c in self.columns if c)
         self.join = torch.cat if all(p.dim() == 1 for p in self.columns[0]) else flatten
         self.spans, apart = spans(self.columns, min(self.piece, PIECE), GATHERED)
         small = [index for index in apart if params[index].numel() <= SMALL]
@@ -132,16 +131,8 @@ class Sweep:
         return zip(*cut, strict=False)
 
     def _update(self, flats: Sequence[Any], grad: Tensor, hyper: dict[str, Any]) -> None:
-        """One piece; half precision is computed in fp32 and rounded once."""
-        scratch = _thread.scratch(grad.numel(), self.dtype)
-        if self.in_place and grad.dtype is self.dtype:
-            self.rule(flats[0], grad, *flats[1:], scratch, **hyper)
-            return
-        work = [flat if flat is None else flat.to(self.dtype) for flat in flats]
-        self.rule(work[0], grad.to(self.dtype), *work[1:], scratch, **hyper)
-        for flat, computed in zip(flats, work, strict=True):
-            if computed is not flat:
-                flat.copy_(computed)
+        """One piece."""
+        apply(self.rule, grad, flats, _thread.scratch(grad.numel(), self.dtype), hyper)
 
 
 class _Thread(threading.local):

@@ -18,7 +18,7 @@ from torch._inductor import config
 from torch.backends.cpu import get_cpu_capability
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
-from tritonopt.eager import Scratch
+from tritonopt.eager import Scratch, apply
 from tritonopt.sweep import RECENT_ROOMS, SERIAL, Sweep
 
 SERIAL_LOOP, PARALLEL_LOOP = {"cpp.threads": 1}, {"cpp.dynamic_threads": True}
@@ -61,7 +61,7 @@ class CompiledSweep(Sweep):
         kind = self.rule, many, dtype, *dtypes, *constants.items(), *numbers, options
         if kind not in _graphs:
             loop = PARALLEL_LOOP if many else SERIAL_LOOP
-            _graphs[kind] = Graph((self.rule, self.dtype, constants, [*numbers]), loop, self.kwargs)
+            _graphs[kind] = Graph((self.rule, constants, [*numbers]), loop, self.kwargs)
         return _graphs[kind], torch.tensor([*numbers.values()], dtype=torch.float64, device="cpu")
 
 
@@ -158,10 +158,6 @@ class Graph:
 
 def update(fixed: tuple[Any, ...], numbers: Tensor, grad: Tensor, *flats: Any) -> None:
     """One step in the compute dtype; Inductor makes the copies part of the loop."""
-    rule, dtype, constants, names = fixed
+    rule, constants, names = fixed
     hyper = {**constants, **dict(zip(names, numbers.unbind(), strict=True))}
-    work: list[Any] = [flat if flat is None else flat.to(dtype) for flat in flats]
-    rule(work[0], grad.to(dtype), *work[1:], Scratch(), **hyper)
-    for flat, computed in zip(flats, work, strict=True):
-        if flat is not None and computed.dtype != flat.dtype:
-            flat.copy_(computed)
+    apply(rule, grad, flats, Scratch(), hyper)
