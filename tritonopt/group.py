@@ -18,8 +18,8 @@ from tritonopt.eligible import (
     why_not_native,
     why_not_together,
 )
-from tritonopt.plan import Lists, Plan
-from tritonopt.scaling import Scaling, scaled
+from tritonopt.plan import Grads, Lists, Plan
+from tritonopt.scaling import scaled
 from tritonopt.shard import is_sharded, local, same_shards
 from tritonopt.state import make_state
 
@@ -77,7 +77,9 @@ class Group:
         self.bare: list[Tensor] = []  # have a gradient and no state
         self.fallback: list[tuple[Tensor, str]] = []  # left to torch, and why
         self.native: list[Tensor] = []
-        shared = set() if self.why_torch else overlapping(map(self._row, params))
+        rows = ([p, *map((state.get(p) or {}).get, self._keys())] for p in params)
+        rows = ([local(t) for t in row if isinstance(t, Tensor)] for row in rows)
+        shared = set() if self.why_torch else overlapping(rows)
         for index, param in enumerate(params):
             entry, has_gradient = state.get(param), for_a_step and param.grad is not None
             why = self.why_torch or why_not_native(param)
@@ -110,11 +112,6 @@ class Group:
 
     def _keys(self) -> tuple[str, ...]:
         return "step", *self.rule.used
-
-    def _row(self, param: Tensor) -> list[Tensor]:
-        entry = self.optimizer.state.get(param) or {}
-        found = [param, *map(entry.get, self._keys())]
-        return [local(tensor) for tensor in found if isinstance(tensor, Tensor)]
 
     def _why_left(self, param: Tensor, entry: Mapping[str, Any] | None) -> str | None:
         if self.capturable and param.device.type not in _CAPTURABLE:
@@ -161,7 +158,7 @@ class Group:
             *lists, grads = ([*map(local, column)] for column in (*lists, grads))
         return lists, grads
 
-    def gradients(self, same_entries: bool) -> Sequence[Tensor | None]:
+    def gradients(self, same_entries: bool) -> Grads:
         """The gradients as the plan needs them, if all is as it was; else raises Stale.
 
         `same_entries`: the optimizer's state is known to have the same ones for its parameters.
@@ -191,19 +188,19 @@ class Group:
             raise Stale
         return fitted
 
-    def update(self, grads: Sequence[Tensor | None], scaling: Scaling) -> None:
+    def update(self, grads: Grads, factor: Tensor | None, skip: Tensor | None) -> None:
         """A step; `grads` are those for the plan."""
         if self.fallback:
             params = [param for param, _ in self.fallback]
             # By default one after the other, as overlapping tensors need.
             foreach = self.options.get("foreach") or False
             differentiable = self.optimizer.defaults.get("differentiable", False)
-            with torch.set_grad_enabled(differentiable), scaled(params, scaling.factor):
+            with torch.set_grad_enabled(differentiable), scaled(params, factor):
                 self.optimizer.update_by_torch(
                     {**self.options, "params": params, "foreach": foreach}
                 )
         if self.plan is not None:
-            self.plan(self.lists, grads, self.hyper, *scaling)
+            self.plan(self.lists, grads, self.hyper, factor, skip)
         if self.sharded:  # DTensors have versions of their own
             given = [param for param in self.native if param.grad is not None]
             torch.autograd.graph.increment_version(given)

@@ -71,9 +71,8 @@ from tritonopt.compile.untraced import untraced
 from tritonopt.describe import table
 from tritonopt.plan import Rule
 from tritonopt.rule import RuleOptimizer
-from tritonopt.scaling import NONE, Scaling, scaling, total_norm
+from tritonopt.scaling import clipped, total_norm
 from tritonopt.sweep import Sweep
-from tritonopt.units import Work
 
 __all__ = ["FusedOptimizer", "Rule"]
 
@@ -173,30 +172,26 @@ class FusedOptimizer(RuleOptimizer):
         torch._C._set_grad_enabled(False)
         try:
             value = self._loss_value(loss)
-            work = self._units.look(amp.get("found_inf"))
-            scaling = None if work is None else self._scaling(work, amp, value is not None)
-            if work is None or scaling is None:
+            grad_scale, skip = amp.get("grad_scale"), amp.get("found_inf")
+            work = self._units.look(skip)
+            if work is None:
                 return
+            factor = None
+            if grad_scale is not None:  # rounded as torch.amp.GradScaler does
+                factor = grad_scale.double().reciprocal().float()
+            if (limit := self.max_grad_norm) is not None:
+                self.grad_norm, factor = clipped(total_norm(work), limit, factor)
+            in_kernels = value is None and all(group.in_kernels() for group, _ in work)
+            if skip is not None and not in_kernels:  # the host must know
+                if skip.item():
+                    return
+                skip = None
             if value is not None:
                 self._see_loss(value)
             for group, grads in work:
-                group.update(grads, scaling)
+                group.update(grads, factor, skip)
         finally:
             torch._C._set_grad_enabled(enabled)
-
-    def _scaling(self, work: Work, amp: Any, waits: bool) -> Scaling | None:
-        """What the gradients count; None if the step is skipped, as far as the host may know.
-
-        `waits`: the host must know.
-        """
-        grad_scale, skip = amp.get("grad_scale"), amp.get("found_inf")
-        if grad_scale is None and skip is None and self.max_grad_norm is None:
-            return NONE
-        norm = None if self.max_grad_norm is None else total_norm(work)
-        found, self.grad_norm = scaling(norm, self.max_grad_norm, grad_scale, skip)
-        if skip is not None and (waits or not all(group.in_kernels() for group, _ in work)):
-            return None if skip.item() else found._replace(skip=None)
-        return found
 
     def compile(self, **kwargs: Any) -> None:
         """From now on :meth:`step` runs compiled code: :meth:`torch.nn.Module.compile` for steps.

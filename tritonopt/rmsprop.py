@@ -1,6 +1,6 @@
 """RMSprop: `torch.optim.RMSprop` in one kernel per step."""
 
-from collections.abc import Callable
+from importlib import import_module
 from itertools import repeat
 from operator import itemgetter
 from typing import Any
@@ -94,6 +94,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     """
 
     _names = ("lr", *_HYPER, "centered", "capturable", "foreach", "differentiable", *_BEYOND_TORCH)
+    _stock = torch.optim.RMSprop
     _options = {**dict.fromkeys(_BEYOND_TORCH, False), "initial_scale": 0.0}
 
     def __init__(
@@ -134,9 +135,6 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     def initial(self, key: str, group: dict[str, Any]) -> float:
         return float(self._option(group, "initial_scale")) if key == "square_avg" else 0.0
 
-    def update_by_torch(self, group: dict[str, Any]) -> None:
-        self._step_as(torch.optim.RMSprop, group)
-
     def _check(self, group: dict[str, Any]) -> None:
         if not 0.0 <= self._option(group, "initial_scale"):
             raise ValueError(f"Invalid initial_scale value: {group['initial_scale']}")
@@ -148,7 +146,5 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         super()._check(group)
 
 
-def launcher() -> Callable[..., None]:
-    from tritonopt.kernels.launch import rmsprop_
-
-    return rmsprop_
+def launcher() -> Any:
+    return import_module("tritonopt.kernels.launch").rmsprop_

@@ -1,7 +1,7 @@
 """Rprop: `torch.optim.Rprop` in one kernel per step."""
 
-from collections.abc import Callable
-from functools import lru_cache
+from array import array
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -82,6 +82,7 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         "lr", "etas", "step_sizes", "maximize", "capturable", "foreach", "differentiable",
         "variant", "last_loss",
     )  # fmt: skip
+    _stock = torch.optim.Rprop
     _options = {"variant": "irprop-"}
     _like_gradient = ("step_size",)
 
@@ -110,9 +111,6 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
     def initial(self, key: str, group: dict[str, Any]) -> float:
         return float(group["lr"]) if key == "step_size" else 0.0
 
-    def update_by_torch(self, group: dict[str, Any]) -> None:
-        self._step_as(torch.optim.Rprop, group)
-
     def _check(self, group: dict[str, Any]) -> None:
         if self._option(group, "variant") not in VARIANTS:
             raise ValueError(f"Invalid variant: {group['variant']!r}, not one of {VARIANTS}")
@@ -121,7 +119,7 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
             group.setdefault("last_loss", None)
 
     def _why_torch(self, group: dict[str, Any]) -> str | None:
-        etaminus, etaplus = (_rounded(float(eta)) for eta in group["etas"])
+        etaminus, etaplus = array("f", map(float, group["etas"]))  # as kernels round them
         # Possible in a group, as torch validates defaults only; or compared in their own dtype.
         if not 0 < etaminus < 1 < etaplus or any(getattr(e, "ndim", 0) for e in group["etas"]):
             return f"etas={group['etas']}"
@@ -169,12 +167,5 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
                     group["last_loss"] = value
 
 
-def launcher() -> Callable[..., None]:
-    from tritonopt.kernels.launch import rprop_
-
-    return rprop_
-
-
-@lru_cache(64)
-def _rounded(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float32, device="cpu"))
+def launcher() -> Any:
+    return import_module("tritonopt.kernels.launch").rprop_

@@ -22,6 +22,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     _names: tuple[str, ...]  # of the options that a step looks at
     _options: dict[str, Any] = {}  # that torch does not have, with the values of torch's rule
     _like_gradient: tuple[str, ...] = ()  # state that torch makes in the gradient's dtype
+    _stock: type[torch.optim.Optimizer] | None = None  # torch's optimizer of this rule
 
     def rule(self, group: dict[str, Any]) -> Rule:
         """The rule that the options of a param group ask for."""
@@ -36,7 +37,14 @@ class RuleOptimizer(torch.optim.Optimizer):
         return 0.0
 
     def update_by_torch(self, group: dict[str, Any]) -> None:
-        """A step of all parameters of `group` by torch's functions: here, by the eager rule."""
+        """A step of `group` by torch's own code, without hooks; else by the eager rule."""
+        if self._stock is not None:
+            groups, self.param_groups = self.param_groups, [group]
+            try:
+                unwrap(self._stock.step)(self)
+            finally:
+                self.param_groups = groups
+            return
         rule, hyper = self.rule(group), self.hyper(group)
         starts = {key: self.initial(key, group) for key in rule.used}
         for param in group["params"]:
@@ -50,14 +58,6 @@ class RuleOptimizer(torch.optim.Optimizer):
             states = [entry[key] if key in rule.used else None for key in rule.state]
             tensors = [param.detach(), *states]
             apply(rule.eager, param.grad, tensors, Scratch(), {**hyper, **step})
-
-    def _step_as(self, stock: type[torch.optim.Optimizer], group: dict[str, Any]) -> None:
-        """The step of one of torch's optimizers, without hooks and modes, over one group."""
-        groups, self.param_groups = self.param_groups, [group]
-        try:
-            unwrap(stock.step)(self)
-        finally:
-            self.param_groups = groups
 
     def _why_torch(self, group: dict[str, Any]) -> str | None:
         """Why a group is left to torch as a whole; None if it is not."""

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,27 +13,14 @@ from tritonopt.device import path
 from tritonopt.shard import is_sharded
 
 
-class Scaling(NamedTuple):
-    """Tensors with one element, so that nothing waits for the device; None: not asked for."""
+def clipped(norm: Tensor, max_norm: float, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The norm of gradients that count `factor` times, and how often they count once clipped.
 
-    factor: Tensor | None = None
-    skip: Tensor | None = None  # not 0: nothing is updated
-
-
-NONE = Scaling()
-
-
-def scaling(
-    norm: Tensor | None, max_norm: float | None, grad_scale: Tensor | None, skip: Tensor | None
-) -> tuple[Scaling, Tensor | None]:
-    """The factor of gradients of this norm, which were scaled by `grad_scale`; their own norm."""
-    # Rounded as torch.amp.GradScaler does.
-    factor = None if grad_scale is None else grad_scale.double().reciprocal().float()
-    if norm is not None and max_norm is not None:
-        norm = norm if factor is None else norm * factor.to(norm.device)
-        clip = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as clip_grad_norm_
-        factor = clip if factor is None else clip * factor.to(norm.device)
-    return Scaling(factor, skip), norm
+    Tensors with one element, so that nothing waits for the device.
+    """
+    norm = norm if factor is None else norm * factor.to(norm.device)
+    clip = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as clip_grad_norm_
+    return norm, clip if factor is None else clip * factor.to(norm.device)
 
 
 def total_norm(work: Sequence[tuple[Any, Sequence[Any]]]) -> Tensor:
