@@ -21,7 +21,6 @@ NORM_BLOCK = 4096  # elements of which one program adds up the squares: 32 a thr
 RECENT_TABLES = 8  # the caching allocator repeats itself with a short period
 SPARE_TABLES = 2  # for graph captures, during which no memory can be pinned
 REGISTERS = 168  # of a thread, at most, in fp64: three blocks of 128 share a multiprocessor's 65536
-
 TYPES = {getattr(torch, x): getattr(tl, x) for x in ("float16", "bfloat16", "float32", "float64")}
 
 Grads = Sequence[Tensor | None]
@@ -52,13 +51,13 @@ class Grid:
     def table(self, grads: Grads) -> Tensor:
         """The table of these gradients, uploaded if an address has changed; 0: there is none."""
         try:
-            at = array("q", map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
+            at = list(map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
         except TypeError:  # of None
-            at = array("q", [0 if grad is None else grad.data_ptr() for grad in grads])
+            at = [0 if grad is None else grad.data_ptr() for grad in grads]
         capturing = is_capturing(self.device)
-        if not capturing:
-            self._spare += [self._buffers() for _ in range(SPARE_TABLES - len(self._spare))]
-        elif not self._spare:
+        while not capturing and len(self._spare) < SPARE_TABLES:
+            self._spare.append(self._buffers())
+        if capturing and not self._spare:
             raise RuntimeError("a capture needs a step outside of it first, and can hold two steps")
         stream = self.device.type != "cpu" and torch.accelerator.current_stream(self.device)
         for row in () if capturing else self._recent:
@@ -66,7 +65,7 @@ class Grid:
                 return row[-1]
         host, table = self._spare.pop() if capturing else self._buffers()
         host.copy_(self._rows)
-        host[:, 1] = torch.frombuffer(at, dtype=torch.int64)
+        host[:, 1] = torch.frombuffer(array("q", at), dtype=torch.int64)
         table.copy_(host, non_blocking=True)
         if capturing:
             _CAPTURED.append((host, table, self.programs))
@@ -177,10 +176,11 @@ def rprop_(
 _norm_grid = lru_cache(maxsize=16)(Grid)  # of which nothing belongs to one optimizer
 
 
-def square_sum(pairs: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Of gradients, paired with their numels, in fp32 or fp64. The same ones give the same bits."""
-    grads, numels = zip(*pairs, strict=True)
-    grid = _norm_grid(numels, (), device, NORM_BLOCK)
+def square_sum(
+    grads: Grads, numels: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Of scattered gradients, in fp32 or fp64. The same ones give the same bits."""
+    grid = _norm_grid(tuple(numels), (), device, NORM_BLOCK)
     sums = torch.empty_like(grid.programs, dtype=torch.promote_types(dtype, torch.float32))
     if len(sums):
         with torch.accelerator.device_index(device.index):

@@ -12,12 +12,11 @@ OURS: dict[type, type[RMSprop | Rprop]] = {torch.optim.RMSprop: RMSprop, torch.o
 def from_torch(optimizer: torch.optim.Optimizer) -> RMSprop | Rprop:
     """Turns a `torch.optim.RMSprop` or `Rprop` into ours, in the middle of a training or before.
 
-    The object stays the same one, which is returned; schedulers, loops and whoever else holds it
-    need not know. Param groups, state and hooks are kept. A group with ``foreach=True`` or
-    ``False`` goes on to select torch's own implementation.
+    The object stays the same one, for schedulers and whoever else holds it; param groups, state and
+    hooks are kept. A group with ``foreach=True`` or ``False`` still selects torch's implementation.
 
     Args:
-        optimizer: of exactly one of these two classes. One of ours is returned as it is.
+        optimizer: of exactly one of these two classes; it is returned. One of ours is as it was.
 
     Raises:
         TypeError: it is of another class (a subclass may do something else), or its `step` was

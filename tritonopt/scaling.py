@@ -27,15 +27,16 @@ def total_norm(work: Sequence[tuple[Any, Sequence[Any]]]) -> Tensor:
     """The 2-norm of all gradients: in kernels by one launch for each device and dtype; elsewhere,
     and for shards, whose norm is that of all ranks, as torch computes it."""
     rest: list[Tensor | None] = []
-    scattered: dict[Any, list[Any]] = defaultdict(list)  # gradients, each with its numel
+    scattered: dict[Any, Any] = defaultdict(lambda: ([], []))  # gradients, their numels
     for known, grads in work:
         rest += [param.grad for param, _ in known.fallback]
         for part in known.plan.parts if known.plan is not None else ():
             if known.sharded or path(part.device)[0] != "kernel":
                 rest += [known.native[index].grad for index in part.indices]
             else:
-                own = [grads[index] for index in part.indices]
-                scattered[part.grad_dtype, part.device] += zip(own, part.update.numels, strict=True)
+                tensors, numels = scattered[part.grad_dtype, part.device]
+                tensors += [grads[index] for index in part.indices]
+                numels += part.update.numels
     given = [grad for grad in rest if grad is not None]
     norm: Any = get_total_norm(given)
     norm = norm.full_tensor() if is_sharded(norm) else norm
@@ -43,7 +44,7 @@ def total_norm(work: Sequence[tuple[Any, Sequence[Any]]]) -> Tensor:
         return norm
     from tritonopt.kernels.launch import square_sum
 
-    squares = [square_sum(pairs, *kind) for kind, pairs in scattered.items()]
+    squares = [square_sum(*lists, *kind) for kind, lists in scattered.items()]
     squares += [norm**2] if given else []
     if len(squares) == 1:
         return squares[0].sqrt()

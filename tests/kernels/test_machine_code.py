@@ -194,7 +194,7 @@ assert seen(update, one, one.clone(), **rprop)[2] is one and len(jitted) == 6
 assert seen(update, **rprop)[2] is None and len(jitted) == 6
 grads = [grad.bfloat16() for grad in grads]
 assert tl.bfloat16 in seen(update, **rprop)[11] and len(jitted) == 7
-launch.square_sum(list(zip(grads, [3000, 5])), torch.float32, torch.device("cpu"))
+launch.square_sum(grads, [3000, 5], torch.float32, torch.device("cpu"))
 assert compiled[-1].metadata.num_warps == 4 and not compiled[-1].metadata.enable_fp_fusion
 for kernel in compiled:
     signature = next(line for line in kernel.asm["ttir"].splitlines() if "tt.func" in line)
