@@ -19,7 +19,7 @@ from tritonopt.eligible import belongs, same_layout
 from tritonopt.slab import is_dense
 from tritonopt.span import all_given, spans, stretches
 from tritonopt.sweep import Sweep
-from tritonopt.verify import Geometry, Guards, addresses, guard
+from tritonopt.verify import Geometry, addresses, guard
 
 
 class Rule(NamedTuple):
@@ -69,8 +69,7 @@ class Plan:
     ) -> None:
         self.rule, self.sweep = rule, sweep
         params, *columns, _ = lists
-        guards: Guards = {}
-        self.geometries = [Geometry(column, guards) for column in lists]
+        self.geometry = Geometry(lists)
         self.expects: Callable[..., bool] | None = None  # gradients that need no look, one by one
         pairs = zip(params, grads, strict=True)
         self.grad_dtypes = [(p if grad is None else grad).dtype for p, grad in pairs]
@@ -101,7 +100,7 @@ class Plan:
 
     def moved(self, lists: Lists) -> "Plan | None":
         """The plan of tensors that are what they were and lie elsewhere; None if they are not."""
-        if self.apart or not all(map(Geometry.fits, self.geometries, lists)):
+        if self.apart or not self.geometry.fits(lists):
             return None
         places = sorted((t.data_ptr(), t.nbytes) for t in chain(*lists))
         if any(start + size > after for (start, size), (after, _) in pairwise(places)):
@@ -125,7 +124,7 @@ class Plan:
         return Part(some, update, device, grad_dtype, 2 * written + grad_dtype.itemsize)
 
     def is_for(self, lists: Lists) -> bool:
-        return all(map(Geometry.fits, self.geometries, lists, self.addresses))
+        return self.geometry.fits(lists, self.addresses)
 
     def fitted(self, grads: Grads) -> Grads | None:
         """The gradients as the updates need them; None if the plan is not for such ones."""

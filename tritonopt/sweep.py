@@ -73,11 +73,9 @@ class Sweep:
     ) -> None:
         """Updates every tensor that has a gradient. A gradient has its parameter's strides.
 
-        Gradients count `factor` times; nothing is updated where `skip` is not 0. `step` of `hyper`,
-        if the rule takes it, is a number, or a tensor with the number of each tensor.
+        Gradients count `factor` times; `skip` is for devices. `step` of `hyper`, if the rule takes
+        it, is a number, or a tensor with the number of each tensor.
         """
-        if skip is not None and skip.item():
-            return
         factor = None if factor is None else factor.cpu()  # of a norm over several devices
         if self.permuted:
             grads = [grad if grad is None else flattened(grad) for grad in grads]

@@ -1,6 +1,6 @@
 """Whether many tensors are still what they were, and where they were: asked at every step."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,35 +9,34 @@ from torch._C._dynamo.guards import TensorGuards
 
 from tritonopt.eligible import is_plain
 
-CHUNK = 512
-"""Tensors of which one look warms the cache for the next: 4000 fill more than a core's."""
-
-Guards = dict[Any, Callable[..., bool]]
+CHUNK = 512  # tensors of which one look warms the cache for the next: 4000 fill more than a core's
 
 
 class Geometry:
     """What tensors are: plain or not, of which dtype, device, sizes and strides, lazily negated."""
 
-    def __init__(self, tensors: Sequence[Tensor], guards: Guards) -> None:
-        """`guards`: those that were made, so that columns of equal tensors share one in cache."""
-        self.count = len(tensors)
+    def __init__(self, lists: Sequence[Sequence[Tensor]]) -> None:
+        self.counts = [*map(len, lists)]
         self.chunks = []
-        for where in (slice(first, first + CHUNK) for first in range(0, self.count, CHUNK)):
-            looks = list(_looks(tensors[where]))
-            key = *looks, *map(type, tensors[where])
-            if key not in guards:
-                guards[key] = guard(tensors[where])
-            self.chunks.append((where, looks, guards[key]))
+        guards: dict[Any, Any] = {}  # lists of equal tensors share one, as its memory takes time
+        for number, tensors in enumerate(lists):
+            for where in (slice(i, i + CHUNK) for i in range(0, len(tensors), CHUNK)):
+                looks = _looks(tensors[where])
+                kind = *looks, *map(type, tensors[where])
+                guards[kind] = guards.get(kind) or guard(tensors[where])
+                self.chunks.append((number, where, looks, guards[kind]))
 
-    def fits(self, tensors: Sequence[Tensor], at: Sequence[int] | None = None) -> bool:
+    def fits(
+        self, lists: Sequence[Sequence[Tensor]], at: Sequence[Sequence[int]] | None = None
+    ) -> bool:
         """Whether these tensors are so, and lie at these addresses, if given."""
-        if len(tensors) != self.count:
+        if [*map(len, lists)] != self.counts:
             return False
-        for where, looks, is_alike in self.chunks:
-            some = tensors[where]
-            if at is not None and addresses(some) != at[where]:
+        for number, where, looks, is_alike in self.chunks:
+            tensors = lists[number][where]
+            if at is not None and addresses(tensors) != at[number][where]:
                 return False
-            if not is_alike(*some) and list(_looks(some)) != looks:
+            if not is_alike(*tensors) and _looks(tensors) != looks:
                 return False
         return True
 
@@ -59,6 +58,5 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, tensors))
 
 
-def _looks(tensors: Sequence[Tensor]) -> Iterator[tuple[Any, ...]]:
-    for t in tensors:
-        yield is_plain(t), t.dtype, t.device, t.size(), t.stride(), t.is_neg()
+def _looks(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    return [(is_plain(t), t.dtype, t.device, t.size(), t.stride(), t.is_neg()) for t in tensors]
