@@ -38,5 +38,6 @@ def from_torch(optimizer: torch.optim.Optimizer) -> RMSprop | Rprop:
     vars(optimizer).pop("step", None)  # our class's does itself what the wrapper does
     optimizer.__class__ = OURS[type(optimizer)]
     assert isinstance(optimizer, (RMSprop, Rprop))
-    optimizer._adopt()
+    optimizer._patch_step_function()  # hooks and profiler names, once per class
+    optimizer._begin(optimizer._options)
     return optimizer

@@ -30,10 +30,8 @@ checkpoints, missing gradients, moved parameters, clipping, `compile()` and `des
            table_ptr, programs_ptr, factor_ptr, skip_ptr, lr: "fp64", momentum: "fp64",
            TYPES: tl.constexpr, BLOCK: tl.constexpr,
        ):
-           update(
-               table_ptr, programs_ptr, factor_ptr, skip_ptr,
-               sign_rule, (lr, momentum), TYPES, BLOCK,
-           )
+           update(table_ptr, programs_ptr, factor_ptr, skip_ptr,
+                  sign_rule, (lr, momentum), TYPES, BLOCK)
 
        def launch_sign_(launch, *, lr, momentum):
            launch.run(sign_kernel, (lr, momentum))
@@ -67,7 +65,7 @@ from torch import Tensor
 from torch.autograd import _profiler_enabled
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from tritonopt.compile.untraced import untraced
+from tritonopt.compile import untraced
 from tritonopt.describe import table
 from tritonopt.plan import Rule
 from tritonopt.rule import RuleOptimizer
@@ -90,14 +88,9 @@ class FusedOptimizer(RuleOptimizer):
     grad_norm: Tensor | None = None  # before clipping, of the last step with max_grad_norm
 
     def __init__(
-        self,
-        params: Any,
-        *args: Any,
-        options: dict[str, Any] | None = None,
-        fused_amp: bool = False,
-        max_grad_norm: float | None = None,
-        **kwargs: Any,
-    ) -> None:
+        self, params: Any, *args: Any, options: dict[str, Any] | None = None,
+        fused_amp: bool = False, max_grad_norm: float | None = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
         if fused_amp:
@@ -196,10 +189,9 @@ class FusedOptimizer(RuleOptimizer):
     def compile(self, **kwargs: Any) -> None:
         """From now on :meth:`step` runs compiled code: :meth:`torch.nn.Module.compile` for steps.
 
-        What is compiled is the update rule over flat memory: one graph with a handful of inputs
-        for any number of parameters. Hyperparameters that change compile nothing anew. It concerns
-        parameters on a CPU, where it fuses the rule into one loop; on an accelerator a step is one
-        kernel anyway. Results equal eager ones up to rounding. It survives checkpoints, copies,
+        On a CPU the rule becomes one fused loop over flat memory: one graph for any number of
+        parameters. Hyperparameters that change compile nothing anew. On an accelerator a step is
+        one kernel anyway. Results equal eager ones up to rounding. It survives checkpoints, copies,
         pickling and moved parameters, and does not count against dynamo's recompilation limit.
 
         Args:

@@ -60,13 +60,9 @@ class Plan:
     steps_at: list[int] | None = None
 
     def __init__(
-        self,
-        rule: Rule,
-        lists: Lists,
-        grads: Grads,
-        sweep: Callable[..., Sweep] = Sweep,
-        apart: Iterable[int] = (),
-    ) -> None:
+        self, rule: Rule, lists: Lists, grads: Grads,
+        sweep: Callable[..., Sweep] = Sweep, apart: Iterable[int] = (),
+    ) -> None:  # fmt: skip
         self.rule, self.sweep = rule, sweep
         params, *columns, _ = lists
         self.geometry = Geometry(lists)
@@ -143,13 +139,9 @@ class Plan:
         return fitted
 
     def __call__(
-        self,
-        lists: Lists,
-        grads: Grads,
-        hyper: dict[str, Any],
-        factor: Tensor | None = None,
-        skip: Tensor | None = None,
-    ) -> None:
+        self, lists: Lists, grads: Grads, hyper: dict[str, Any],
+        factor: Tensor | None = None, skip: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Updates what has a gradient, which counts `factor` times, unless `skip` is not 0."""
         given = [grad is not None or None for grad in grads]
         if not any(given):
@@ -157,11 +149,9 @@ class Plan:
         whole = all(given)
         self._count(None if whole else given, skip)
         for part in self.parts:
-            own = (
-                grads
-                if len(part.indices) == len(grads)
-                else [grads[index] for index in part.indices]
-            )
+            own = grads
+            if len(part.indices) < len(grads):
+                own = [grads[index] for index in part.indices]
             if self.rule.takes_step:
                 hyper = {**hyper, "step": _common([self.steps[index] for index in part.indices])}
             part.update(own, hyper, factor, skip)
@@ -169,8 +159,7 @@ class Plan:
             grad = grads[index]
             if grad is not None:
                 step = {"step": float(self.steps[index])} if self.rule.takes_step else {}
-                states = [c and c[index] for c in self.columns]
-                tensors = [self.params[index], *states]
+                tensors = [self.params[index], *(c and c[index] for c in self.columns)]
                 apply(self.rule.eager, grad, tensors, Scratch(), {**hyper, **step})
         # A later backward must notice. What was looked at last is in the processor's cache.
         changed = reversed(lists) if whole else [compress(column, given) for column in lists]

@@ -127,8 +127,6 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
             return f"step_sizes={group['step_sizes']}"
         return super()._why_torch(group)
 
-    # State that a dummy step has made.
-
     def _is_untrained(self, entry: Any) -> bool:
         if not entry or not entry.keys() >= {"step", "step_size"}:
             return False
@@ -140,8 +138,6 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
     def _start(self, group: dict[str, Any], entry: Any) -> None:
         lr = float(group["lr"])
         entry["step_size"].fill_(complex(lr, lr) if entry["step_size"].is_complex() else lr)
-
-    # The loss. The last one is kept in each group, as distributed checkpoints keep groups alone.
 
     def _loss_value(self, loss: Any) -> float | None:
         if all(self._option(group, "variant") != "irprop+" for group in self.param_groups):
@@ -164,7 +160,7 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
                 if self._option(group, "variant") == "irprop+":
                     last, sign = group.get("last_loss"), -1 if group["maximize"] else 1
                     found.hyper["loss_rose"] = last is not None and sign * value > sign * last
-                    group["last_loss"] = value
+                    group["last_loss"] = value  # distributed checkpoints keep groups alone
 
 
 def launcher() -> Any:

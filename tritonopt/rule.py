@@ -55,7 +55,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             entry = self.state[param]
             entry["step"].add_(1)
             step = {"step": float(entry["step"])} if rule.takes_step else {}
-            states = [entry[key] if key in rule.used else None for key in rule.state]
+            states = (entry[key] if key in rule.used else None for key in rule.state)
             tensors = [param.detach(), *states]
             apply(rule.eager, param.grad, tensors, Scratch(), {**hyper, **step})
 
@@ -107,8 +107,6 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _has_fused_amp(self) -> bool:
         return getattr(self, "_step_supports_amp_scaling", False)
 
-    # What becomes of param groups, options and state.
-
     def _begin(self, options: dict[str, Any]) -> None:
         # Groups hold an option only where it is in force: a distributed checkpoint must have every
         # key of a group, and one of torch's optimizer has torch's keys.
@@ -125,9 +123,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _pack(self, groups: Sequence[dict[str, Any]]) -> None:
         self._units.packed = False  # what lies on a CPU is packed at the next step
         for group in groups:
-            on_accelerator = [param for param in group["params"] if not param.is_cpu]
-            if on_accelerator and not self._why_torch(group):
-                pack_on_accelerator(on_accelerator)
+            if not self._why_torch(group):
+                pack_on_accelerator(group["params"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         built = "_units" in vars(self)  # not while the constructor adds the first groups
@@ -147,7 +144,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         before = vars(self).get("param_groups", [])
         super().__setstate__(state)
         for old, group in zip(before, self.param_groups, strict=False):
-            for name in self._options:  # which a checkpoint of torch's optimizer does not know
+            for name in (*self._options, "capturable"):  # which torch's checkpoint may not know
                 if name in old:
                     group.setdefault(name, old[name])
         self._units = Units(self)
@@ -156,19 +153,9 @@ class RuleOptimizer(torch.optim.Optimizer):
                 if isinstance(param, Tensor) and isinstance(entry.get("step"), Tensor):
                     entry["step"] = entry["step"].to(param.device)
 
-    def _adopt(self) -> None:
-        """Takes over after `__class__` was changed from torch's optimizer."""
-        self._patch_step_function()  # hooks and profiler names, once per class
-        self._begin(self._options)
-
-    # Of use to Rprop alone.
-
     def _is_untrained(self, entry: Any) -> bool:
-        """Whether state was made by a dummy step and is to be started from the options."""
+        """Whether state was made by a dummy step: `_start` starts it from the options then."""
         return False
-
-    def _start(self, group: dict[str, Any], entry: Any) -> None:
-        """Starts untrained state."""
 
     def _loss_value(self, loss: Any) -> float | None:
         """The loss, where the host must know it; raises where it cannot. Called before all else."""

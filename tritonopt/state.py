@@ -14,12 +14,9 @@ from tritonopt.shard import is_sharded
 
 @torch.inference_mode(False)
 def make_state(
-    state: MutableMapping[Tensor, Any],
-    params: Sequence[Tensor],
-    starts: Mapping[str, float],
-    like_gradient: Sequence[str],
-    on_device: bool,
-) -> None:
+    state: MutableMapping[Tensor, Any], params: Sequence[Tensor], starts: Mapping[str, float],
+    like_gradient: Sequence[str], on_device: bool,
+) -> None:  # fmt: skip
     """For each parameter, tensors of its shape that begin with `starts`, and a count of steps.
 
     `like_gradient`: the keys that have the gradient's dtype. `on_device`: where steps are counted.

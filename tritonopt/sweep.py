@@ -65,12 +65,9 @@ class Sweep:
         return SERIAL if asleep else PIECE
 
     def __call__(
-        self,
-        grads: Sequence[Tensor | None],
-        hyper: dict[str, Any],
-        factor: Tensor | None = None,
-        skip: Tensor | None = None,
-    ) -> None:
+        self, grads: Sequence[Tensor | None], hyper: dict[str, Any],
+        factor: Tensor | None = None, skip: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """Updates every tensor that has a gradient. A gradient has its parameter's strides.
 
         Gradients count `factor` times; `skip` is for devices. `step` of `hyper`, if the rule takes
