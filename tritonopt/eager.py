@@ -51,10 +51,11 @@ def apply(
 ) -> None:
     """A rule over one parameter and its state, `tensors`. What is half is rounded once."""
     dtype = computed_in(tensors[0])
-    work = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
-    rule(work[0], grad.to(dtype), *work[1:], scratch, **hyper)
+    given = grad, *tensors  # asked for their dtypes, as `to` takes a microsecond to do nothing
+    grad, *work = (t if t is None or t.dtype is dtype else t.to(dtype) for t in given)
+    rule(work[0], grad, *work[1:], scratch, **hyper)
     for tensor, computed in zip(tensors, work, strict=True):
-        if tensor is not None and tensor.dtype != dtype:
+        if tensor is not None and tensor.dtype is not dtype:
             tensor.copy_(computed)
 
 

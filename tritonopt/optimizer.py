@@ -174,9 +174,10 @@ class FusedOptimizer(RuleOptimizer):
                 factor = grad_scale.double().reciprocal().float()
             if (limit := self.max_grad_norm) is not None:
                 self.grad_norm, factor = clipped(total_norm(work), limit, factor)
-            in_kernels = value is None and all(group.in_kernels() for group, _ in work)
-            if skip is not None and not in_kernels:  # the host must know
-                if skip.item():
+            if skip is not None and (
+                value is not None or not all(group.in_kernels() for group, _ in work)
+            ):
+                if skip.item():  # the host must know
                     return
                 skip = None
             if value is not None:

@@ -123,8 +123,9 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _pack(self, groups: Sequence[dict[str, Any]]) -> None:
         self._units.packed = False  # what lies on a CPU is packed at the next step
         for group in groups:
-            if not self._why_torch(group):
-                pack_on_accelerator(group["params"])
+            on_accelerator = [param for param in group["params"] if not param.is_cpu]
+            if on_accelerator and not self._why_torch(group):
+                pack_on_accelerator(on_accelerator)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         built = "_units" in vars(self)  # not while the constructor adds the first groups
