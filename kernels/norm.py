@@ -6,8 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def square_sum_kernel(table_ptr, programs_ptr, sums_ptr, TYPES: tl.constexpr, BLOCK: tl.constexpr):
-    # A row of the table: numel, then the gradient's address, 0 where there is none.
-    # Each program stores its own sum: atomics would add in another order at every step.
+    # A program stores its own sum: atomics would add in another order at every step.
     program = tl.load(programs_ptr + tl.program_id(0))
     row_ptr = table_ptr + (program >> 32) * 2
     start = (program & 0xFFFFFFFF) * BLOCK

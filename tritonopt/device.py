@@ -21,10 +21,9 @@ def path(device: torch.device) -> tuple[str | None, str]:
         if INTERPRET:
             raise ImportError("TRITON_INTERPRET asks for triton's interpreter: pip install triton")
         return None, "triton is not installed"
-    if INTERPRET and device.type == "cpu":
-        return "kernel", "triton, interpreted"
     if INTERPRET:
-        return None, "triton's interpreter reads the CPU's memory only"
+        why_not = None, "triton's interpreter reads the CPU's memory only"
+        return ("kernel", "triton, interpreted") if device.type == "cpu" else why_not
     try:
         if get_interface_for_device(device.type).is_triton_capable(device):
             return "kernel", "triton"
@@ -35,5 +34,8 @@ def path(device: torch.device) -> tuple[str | None, str]:
 
 def is_capturing(device: torch.device) -> bool:
     """Whether the device's current stream records a graph."""
-    query = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
-    return bool(query and query())
+    if device.type not in ("cuda", "xpu") or not getattr(torch, device.type).is_initialized():
+        return False
+    with torch.accelerator.device_index(device.index):
+        query = getattr(getattr(torch, device.type), "is_current_stream_capturing", None)
+        return bool(query and query())

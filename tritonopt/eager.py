@@ -51,9 +51,8 @@ def apply(
 ) -> None:
     """A rule over one parameter and its state, `tensors`. What is half is rounded once."""
     dtype = computed_in(tensors[0])
-    given = grad, *tensors  # asked for their dtypes, as `to` takes a microsecond to do nothing
-    grad, *work = (t if t is None or t.dtype is dtype else t.to(dtype) for t in given)
-    rule(work[0], grad, *work[1:], scratch, **hyper)
+    work = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
+    rule(work[0], grad.to(dtype), *work[1:], scratch, **hyper)
     for tensor, computed in zip(tensors, work, strict=True):
         if tensor is not None and tensor.dtype is not dtype:
             tensor.copy_(computed)
@@ -74,9 +73,8 @@ def rmsprop_(
     correction: float | None = None,
 ) -> None:  # fmt: skip
     """For bias correction, `step` is the number of steps with this one; graphs, which would compute
-    the power for every element, take the `correction` that follows from it.
-
-    A fused loop has tensors for numbers. Only a float turns weight decay off."""
+    the power for every element, take the `correction` that follows from it. A fused loop has
+    tensors for numbers: only a float turns weight decay off."""
     if isinstance(lr, Tensor):
         lr = lr.double()  # type: ignore[assignment]  # its products are rounded as a float's
     decays = isinstance(weight_decay, Tensor) or weight_decay != 0

@@ -20,10 +20,11 @@ def why_watched() -> str | None:
     """Whether a mode watches operators, which it would have to see on the very tensors."""
     if torch._C._len_torch_dispatch_stack():
         return "a TorchDispatchMode"
-    modes = _get_current_function_mode_stack()
-    if all(isinstance(mode, DeviceContext) for mode in modes):  # torch.set_default_device
-        return None
-    return "a TorchFunctionMode"
+    if torch._C._len_torch_function_stack():
+        modes = _get_current_function_mode_stack()
+        if not all(isinstance(mode, DeviceContext) for mode in modes):  # torch.set_default_device
+            return "a TorchFunctionMode"
+    return None
 
 
 def is_plain(tensor: Tensor) -> bool:

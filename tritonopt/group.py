@@ -138,6 +138,8 @@ class Group:
         self.provisional = any(why == BAD_GRADIENT for _, why in self.fallback)
         self.sharded = any(map(is_sharded, self.native))
         self._native_entries = [state[param] for param in self.native]
+        keys = (*self.rule.state, "step")
+        self._getters = [itemgetter(key) if key in self._keys() else None for key in keys]
         self.lists, grads = self._gather()
         if self.native:
             with torch.inference_mode(False):
@@ -146,9 +148,8 @@ class Group:
 
     def _gather(self) -> tuple[Lists, list[Tensor | None]]:
         """What the plan writes, and the gradients."""
-        keys, lists = self._keys(), [self.native]
-        for key in (*self.rule.state, "step"):
-            lists.append([*map(itemgetter(key), self._native_entries)] if key in keys else [])
+        entries = self._native_entries
+        lists = [self.native, *([*map(get, entries)] if get else [] for get in self._getters)]
         grads: Any = [param.grad for param in self.native]
         if self.sharded:
             for column in (*lists[:-1], grads):

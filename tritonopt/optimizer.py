@@ -77,9 +77,7 @@ __all__ = ["FusedOptimizer", "Rule"]
 
 class FusedOptimizer(RuleOptimizer):
     """A base of optimizers whose rule updates every element by itself: see the module's docstring.
-
-    Mixed in before one of torch's optimizers, it leaves validation, texts and old checkpoints to
-    that one.
+    Validation, texts and old checkpoints are those of a torch optimizer that it is mixed in before.
     """
 
     _sweep: Callable[..., Sweep] = Sweep

@@ -1,7 +1,6 @@
 """Which launches and sweeps update a list of parameters: found once, verified at every step.
 
-The optimizers and the ops hand over the same thing: lists, as torch's functional optimizers take
-them. A plan is good as long as everything that it writes lies where it lay, and as it lay.
+The optimizers and the ops hand over lists, as torch's functional optimizers take them.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -51,7 +50,7 @@ is not used is empty."""
 
 
 class Plan:
-    """The updates of some lists, for as long as their tensors do not move.
+    """The updates of some lists, for as long as what they hold lies where it lay, and as it lay.
 
     `apart`: indices of parameters to be updated one by one, in order, by the eager rule, as all
     those are whose state has another memory layout.
@@ -83,16 +82,16 @@ class Plan:
     def _place(self, lists: Lists) -> None:
         """Makes the launches and sweeps, which know where tensors lie."""
         # Other tensors of the same memory: these may be moved.
-        self.params, *columns, self.steps = ([t.detach() for t in column] for column in lists)
+        self.params, *columns, steps = ([t.detach() for t in column] for column in lists)
         self.columns = [column or None for column in columns]
         self.parts = [self._part(some) for some in self.members.values()]
         self.addresses = [addresses(column) for column in lists]
         if self.steps_at != self.addresses[-1]:
             self.steps_at = self.addresses[-1]
-            self.joined, self.lone = spans([self.steps], 2**62, 1)
-            kinds = {(step.device, step.dtype) for step in self.steps}
+            self.joined, self.lone = spans([steps], 2**62, 1)
+            kinds = {(step.device, step.dtype) for step in steps}
             # Else they are counted one by one: a count of several parameters is counted often.
-            self.alike = len(kinds) == 1 and len({*self.addresses[-1]}) == len(self.steps)
+            self.alike = len(kinds) == 1 and len({*self.addresses[-1]}) == len(steps)
 
     def moved(self, lists: Lists) -> "Plan | None":
         """The plan of tensors that are what they were and lie elsewhere; None if they are not."""
@@ -147,32 +146,32 @@ class Plan:
         if not any(given):
             return
         whole = all(given)
-        self._count(None if whole else given, skip)
+        self._count(lists[-1], None if whole else given, skip)
         for part in self.parts:
             own = grads
             if len(part.indices) < len(grads):
                 own = [grads[index] for index in part.indices]
             if self.rule.takes_step:
-                hyper = {**hyper, "step": _common([self.steps[index] for index in part.indices])}
+                hyper = {**hyper, "step": _common([lists[-1][index] for index in part.indices])}
             part.update(own, hyper, factor, skip)
         for index in self.apart:
             grad = grads[index]
             if grad is not None:
-                step = {"step": float(self.steps[index])} if self.rule.takes_step else {}
+                step = {"step": float(lists[-1][index])} if self.rule.takes_step else {}
                 tensors = [self.params[index], *(c and c[index] for c in self.columns)]
                 apply(self.rule.eager, grad, tensors, Scratch(), {**hyper, **step})
         # A later backward must notice. What was looked at last is in the processor's cache.
         changed = reversed(lists) if whole else [compress(column, given) for column in lists]
         torch.autograd.graph.increment_version(list(chain.from_iterable(changed)))
 
-    def _count(self, given: Sequence[bool | None] | None, skip: Tensor | None) -> None:
+    def _count(self, steps: Sequence[Tensor], given: Any, skip: Tensor | None) -> None:
         """Adds 1 to the step of every parameter that has a gradient; None: all have."""
         for span in self.joined:
             indices = range(span.first, span.first + len(span))
             for some in stretches(indices, given):
                 (part,) = span.part(some)
                 part.add_(_one(part, skip))  # type: ignore[union-attr,arg-type]
-        lone = [self.steps[i] for i in self.lone if given is None or given[i]]
+        lone = [steps[i] for i in self.lone if given is None or given[i]]
         if len(lone) > 2 and self.alike:
             torch._foreach_add_(lone, _one(lone[0], skip))
             return

@@ -64,7 +64,6 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
             ``0 < etaminus < 1 < etaplus``, ``max_grad_norm`` is not positive, there is no such
             ``variant``, or ``foreach`` or ``differentiable`` is given with one torch does not have.
         RuntimeError: ``fused_amp`` is given with ``differentiable``.
-        TypeError: ``params`` is one tensor, or holds something else than tensors.
 
     Example:
         >>> model = torch.nn.Linear(10, 1)
@@ -149,10 +148,8 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         try:
             return float(loss.detach() if isinstance(loss, Tensor) else loss)
         except (TypeError, ValueError, RuntimeError) as error:
-            kind = f"a tensor of size {tuple(loss.size())}" if isinstance(loss, Tensor) else loss
-            raise ValueError(
-                f"variant='irprop+' needs the loss as one number: step(closure) returned {kind!r}"
-            ) from error
+            what = "variant='irprop+' needs the loss as one number: step(closure) returned "
+            raise ValueError(what + repr(loss)) from error
 
     def _see_loss(self, value: float) -> None:
         for found in self._units.groups.values():

@@ -68,10 +68,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         return why_watched()
 
     def _check(self, group: dict[str, Any]) -> None:
-        """Raises ValueError where an option has a wrong value or does not go with another.
-
-        Asked of a group that is built or added, and of each one whenever options have changed.
-        """
+        """Raises ValueError where an option has a wrong value or does not go with another."""
         for name in ("fused_amp", "max_grad_norm"):
             if name in group:
                 raise ValueError(f"{name} concerns all param groups: give it to the constructor")
@@ -92,11 +89,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         return None
 
     def _is_dummy_step(self, bare: Sequence[Tensor]) -> bool:
-        """Whether somebody only wants the state made, as `get_optimizer_state_dict` does.
-
-        It takes a step with an lr of 0 and gradients that are 0, and torch's rules learn from it:
-        Rprop's step sizes become the least there is, RMSprop averages weight decay.
-        """
+        """Whether somebody only wants the state made, as `get_optimizer_state_dict` does, by a step
+        with an lr of 0 and gradients that are 0. Torch's rules learn from it: Rprop's step sizes
+        become the least there is, RMSprop averages weight decay."""
         if any(isinstance(key, Tensor) for key in self.state) or not any(p.numel() for p in bare):
             return False
         if any(float(group.get("lr", 1)) != 0 for group in self.param_groups):

@@ -52,6 +52,7 @@ class Sweep:
         self.permuted = not all(param.is_contiguous() for param in params)
         if self.permuted:
             self.columns = [column and list(map(flattened, column)) for column in self.columns]
+        self.in_place = all(c[0].dtype is self.dtype for c in self.columns if c)
         self.join = torch.cat if all(p.dim() == 1 for p in self.columns[0]) else flatten
         self.spans, apart = spans(self.columns, min(self.piece, PIECE), GATHERED)
         small = [index for index in apart if params[index].numel() <= SMALL]
@@ -60,7 +61,6 @@ class Sweep:
         self.spans += [Span.of(self.columns, [i]) for i in sorted({*apart} - {*small})]
 
     def _piece(self, params: Sequence[Tensor]) -> int:
-        """Elements of a piece."""
         asleep = len(params) >= MANY and sum(p.numel() for p in params) <= LITTLE
         return SERIAL if asleep else PIECE
 
@@ -126,8 +126,11 @@ class Sweep:
         return zip(*cut, strict=False)
 
     def _update(self, flats: Sequence[Any], grad: Tensor, hyper: dict[str, Any]) -> None:
-        """One piece."""
-        apply(self.rule, grad, flats, _thread.scratch(grad.numel(), self.dtype), hyper)
+        scratch = _thread.scratch(grad.numel(), self.dtype)
+        if self.in_place and grad.dtype is self.dtype:
+            self.rule(flats[0], grad, *flats[1:], scratch, **hyper)
+        else:
+            apply(self.rule, grad, flats, scratch, hyper)
 
 
 class _Thread(threading.local):

@@ -10,6 +10,8 @@ from torch._C._dynamo.guards import TensorGuards
 from tritonopt.eligible import is_plain
 
 CHUNK = 512  # tensors of which one look warms the cache for the next: 4000 fill more than a core's
+RECENT_GUARDS = 64
+_guards: dict[Any, Callable[..., bool]] = {}  # shared by equal lists, as their memory is far larger
 
 
 class Geometry:
@@ -18,13 +20,15 @@ class Geometry:
     def __init__(self, lists: Sequence[Sequence[Tensor]]) -> None:
         self.counts = [*map(len, lists)]
         self.chunks = []
-        guards: dict[Any, Any] = {}  # lists of equal tensors share one, as its memory takes time
         for number, tensors in enumerate(lists):
             for where in (slice(i, i + CHUNK) for i in range(0, len(tensors), CHUNK)):
                 looks = _looks(tensors[where])
                 kind = *looks, *map(type, tensors[where])
-                guards[kind] = guards.get(kind) or guard(tensors[where])
-                self.chunks.append((number, where, looks, guards[kind]))
+                if kind not in _guards:
+                    if len(_guards) >= RECENT_GUARDS:
+                        _guards.clear()
+                    _guards[kind] = guard(tensors[where])
+                self.chunks.append((number, where, looks, _guards[kind]))
 
     def fits(
         self, lists: Sequence[Sequence[Tensor]], at: Sequence[Sequence[int]] | None = None
