@@ -43,8 +43,6 @@ def launch_lion_(launch, *, lr, beta1, beta2, weight_decay):
 
 
 class Lion(FusedOptimizer):
-    _names = ("lr", "betas", "weight_decay")
-
     def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, **options):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
         super().__init__(params, defaults, **options)

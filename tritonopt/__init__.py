@@ -1,4 +1,4 @@
-"""RMSprop and Rprop for PyTorch: one Triton kernel per step, the same training to the last bit."""
+"""RMSprop and Rprop for PyTorch: one Triton kernel a step on a GPU, cached pieces on a CPU."""
 
 from importlib import import_module
 from types import ModuleType

@@ -50,7 +50,7 @@ def _members(known: Group, sweep_path: str, packed: bool) -> Iterator[tuple[Any,
         device, numel = local(param).device, local(param).numel()
         kind, name = path(device)
         names = str(device), str(param.dtype), sweep_path if kind == "eager" else name
-        why = slab.why_not_packed(param)
+        why = known.why_in_place[id(param)]
         if why is None and packed and slab.find(param) is None:
             why = "nothing lies beside it, or it was moved after the first step"
         yield names, "in place" if why else "packed", numel, numel * per_element, why

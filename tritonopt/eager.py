@@ -43,7 +43,8 @@ class Scratch:
 
 
 def computed_in(param: Tensor) -> torch.dtype:
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
+    is_half = param.dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if is_half else param.dtype
 
 
 def apply(

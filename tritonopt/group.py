@@ -39,6 +39,7 @@ class Group:
     params: list[Tensor] | None = None  # not looked at yet
     plan: Plan | None = None
     provisional = False  # whether it is to be looked at in any case
+    why_in_place: dict[int, str | None]  # by a parameter's id, for a description
 
     def __init__(self, optimizer: Any, groups: Sequence[dict[str, Any]]) -> None:
         self.optimizer, self.groups = optimizer, groups

@@ -7,7 +7,7 @@ checkpoints, missing gradients, moved parameters, clipping, `compile()` and `des
    parameters): parameter, gradient, the state in the rule's order, and
    :class:`~tritonopt.eager.Scratch`. It writes the parameter and the state in place, never the
    gradient. It defines correctness, runs on a CPU, and is what `compile()` compiles: there, numbers
-   are 0-dim tensors (but a `weight_decay` of 0), and `scratch` holds nothing.
+   are 0-dim tensors (but 0 for `weight_decay`, and an `alpha` up to 0.5), and `scratch` is empty.
 
        def sign_(param, grad, momentum_buffer, scratch, *, lr, momentum):
            momentum_buffer.mul_(momentum).add_(grad)
@@ -39,10 +39,8 @@ checkpoints, missing gradients, moved parameters, clipping, `compile()` and `des
 3. **The class.**
 
        class Sign(FusedOptimizer):
-           _names = ("lr", "momentum")  # the options that a step looks at
-
-           def __init__(self, params, lr=1e-3, momentum=0.9):
-               super().__init__(params, {"lr": lr, "momentum": momentum})
+           def __init__(self, params, lr=1e-3, momentum=0.9, **options):  # max_grad_norm, fused_amp
+               super().__init__(params, {"lr": lr, "momentum": momentum}, **options)
 
            def rule(self, group):
                keys = ("momentum_buffer",)
@@ -51,9 +49,10 @@ checkpoints, missing gradients, moved parameters, clipping, `compile()` and `des
            def hyper(self, group):
                return {"lr": group["lr"], "momentum": group["momentum"]}
 
-`Rule`, `Scratch` and this class with `rule`, `hyper`, `initial`, `update_by_torch` and `_names` are
-stable. Parameters that no launch takes (complex, sparse, subclasses) are updated one by one by the
-eager rule, unless `update_by_torch` says how.
+`Rule`, `Scratch`, `update` of `tritonopt.kernels.update`, and this class with `rule`, `hyper`,
+`initial` and `update_by_torch` are stable. Parameters that no launch takes (complex, not dense,
+overlapping, subclasses) are updated one by one, in their own shape, by the eager rule, unless
+`update_by_torch` says how. With `takes_step` of `Rule` the rule takes `step`, too.
 """
 
 from collections.abc import Callable
@@ -204,6 +203,7 @@ class FusedOptimizer(RuleOptimizer):
         """
         from tritonopt.compile.fused import CompiledSweep
 
+        torch.compile(lambda: None, **kwargs)  # raises where an option is wrong
         self._compile_kwargs = kwargs
         self._sweep = partial(CompiledSweep, **kwargs)
         self._units.forget()

@@ -65,9 +65,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         decoupled_weight_decay: :math:`\theta` is multiplied by :math:`1 - \gamma \lambda` before
             the update, and the gradient left as it is.
 
-    From ``fused_amp`` on, options are not torch's; with one from ``eps_in_sqrt`` on, what only
-    torch can do raises. A checkpoint that lacks them leaves the values that the optimizer was built
-    with; torch loads ours and leaves them aside.
+    Options from ``fused_amp`` on are not torch's; with one from ``eps_in_sqrt`` on, what only torch
+    can do raises. A checkpoint that lacks them leaves the values that the optimizer was built with.
 
     State is made, as in torch, at the first step at which a parameter has a gradient: ``step`` (a
     float32 scalar), and of the parameter's shape and dtype ``square_avg``, ``momentum_buffer`` if
@@ -79,7 +78,6 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             more, ``max_grad_norm`` is not positive, or an option that torch does not have meets
             ``foreach`` or ``differentiable``.
         RuntimeError: ``fused_amp`` is given with ``differentiable``.
-        TypeError: ``params`` is one tensor, or holds something else than tensors.
 
     Example:
         >>> model = torch.nn.Linear(10, 1)
@@ -93,7 +91,6 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         Generating Sequences With Recurrent Neural Networks (2013), https://arxiv.org/abs/1308.0850.
     """
 
-    _names = ("lr", *_HYPER, "centered", "capturable", "foreach", "differentiable", *_BEYOND_TORCH)
     _stock = torch.optim.RMSprop
     _options = {**dict.fromkeys(_BEYOND_TORCH, False), "initial_scale": 0.0}
 

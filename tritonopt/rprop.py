@@ -77,10 +77,7 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         RPROP Algorithm (1993); C. Igel, M. Hüsken, Improving the Rprop Learning Algorithm (2000).
     """
 
-    _names = (
-        "lr", "etas", "step_sizes", "maximize", "capturable", "foreach", "differentiable",
-        "variant", "last_loss",
-    )  # fmt: skip
+    _names = ("last_loss",)
     _stock = torch.optim.Rprop
     _options = {"variant": "irprop-"}
     _like_gradient = ("step_size",)

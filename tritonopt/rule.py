@@ -19,7 +19,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     """The part of :class:`tritonopt.optimizer.FusedOptimizer` that a rule overrides."""
 
     _units: Units
-    _names: tuple[str, ...]  # of the options that a step looks at
+    _names: tuple[str, ...] = ()  # what a step looks at in a group besides options
     _options: dict[str, Any] = {}  # that torch does not have, with the values of torch's rule
     _like_gradient: tuple[str, ...] = ()  # state that torch makes in the gradient's dtype
     _stock: type[torch.optim.Optimizer] | None = None  # torch's optimizer of this rule
@@ -75,7 +75,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         option = self._beyond_torch(group)
         why = self._why_torch(group) if option else None
         if why:
-            raise ValueError(f"{option} is not in torch's implementation, which {why} selects")
+            raise ValueError(f"{option} is not in torch's code, which {why} selects: leave one out")
 
     def _option(self, group: dict[str, Any], name: str) -> Any:
         """The value of an option that torch does not have."""

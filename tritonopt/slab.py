@@ -114,8 +114,7 @@ def filled(
 @torch.no_grad()
 def pack(tensors: Iterable[Tensor]) -> None:
     """Moves the tensors that may be moved into slabs; they stay the objects that they are."""
-    once = dict.fromkeys(tensors)
-    movable = (t for t in once if find(t) is None and why_not_packed(t) is None)
+    movable = (t for t in dict.fromkeys(tensors) if find(t) is None and why_not_packed(t) is None)
     for batch in batches(movable, lambda t: (t.device, t.dtype)):
         if len(batch) < 2:
             continue

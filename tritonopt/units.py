@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from tritonopt import slab
 from tritonopt.eligible import why_watched
 from tritonopt.group import Group, Stale
 from tritonopt.state import pack_on_cpu
@@ -63,7 +64,8 @@ class Units:
         self._seen = []  # until all is done: what raises here must do so again
         for group in groups:
             optimizer._check(group)
-        values = [list(map(group.get, optimizer._names)) for group in groups]
+        names = {*optimizer.defaults, *optimizer._options, *optimizer._names}
+        values = [list(map(group.get, names)) for group in groups]
         fixed = all(_is_fixed(value) for row in values for value in row)
         firsts = [
             index for index in range(len(groups))
@@ -106,10 +108,12 @@ class Units:
 
     def each_group(self) -> list[Group]:
         """Param groups one by one, for a description."""
-        self.forget()  # plans, whose views would count as holders of their tensors
+        self.forget()  # plans, whose views count as holders of their tensors
         groups = [Group(self.optimizer, [group]) for group in self.optimizer.param_groups]
         for group in groups:
             group.sort(for_a_step=False)
+            packable = *group.native, *(p for p, why in group.expected() if why is None)
+            group.why_in_place = {id(p): slab.why_not_packed(p) for p in packable}
             group.make_plan()
         return groups
 

@@ -126,3 +126,14 @@ def test_state_has_the_type_of_a_subclass(name):
 def test_the_layout_of_a_sparse_parameter_is_the_reason(name):
     param = torch.nn.Parameter(torch.eye(3).to_sparse())
     assert "left to torch: is sparse_coo" in OURS[name]([param]).describe()
+
+
+def test_why_a_parameter_lies_in_no_slab(name):
+    params = parameters([(3,), (4,), (5,)])
+    optimizer = OURS[name](params)
+    give_gradients(params, params)
+    optimizer.step()
+    params[0].data = params[0].data.clone()
+    lines = optimizer.describe().splitlines()
+    reason = "1 in place: nothing lies beside it, or it was moved after the first step"
+    assert lines[2:] == [f"group 0: {reason}"]

@@ -12,6 +12,8 @@ from tritonopt.device import INTERPRET
 pytest.importorskip("triton")
 from lion import Lion
 
+from tritonopt.optimizer import FusedOptimizer, Rule
+
 
 class Reference(torch.optim.Optimizer):
     """Lion, one parameter after the other."""
@@ -149,3 +151,41 @@ def test_torch_checks_a_capture_of_it(monkeypatch):
     monkeypatch.setattr(stream, "is_capturing", lambda self: True)
     with pytest.raises(RuntimeError, match="capturable is False"):
         optimizer.step()
+
+
+def decaying_(param, grad, momentum_buffer, scratch, *, lr, step):
+    momentum_buffer.mul_(0.5).add_(grad)
+    param.sub_(momentum_buffer * (lr / step))
+
+
+class Decaying(FusedOptimizer):
+    """Momentum under an lr that falls with the number of steps; on a CPU only."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, {"lr": lr})
+
+    def rule(self, group):
+        keys = ("momentum_buffer",)
+        return Rule("Decaying", decaying_, None, keys, keys, takes_step=True)
+
+    def hyper(self, group):
+        return {"lr": group["lr"]}
+
+
+@pytest.mark.skipif(INTERPRET, reason="it has no kernel")
+@pytest.mark.parametrize("path", ["as it is", "compiled"])
+def test_a_rule_that_takes_the_step_over_real_and_complex_parameters(path):
+    params = [*parameters([(3,), (4, 5)]), nn.Parameter(torch.randn(2, 3, dtype=torch.complex64))]
+    values = [param.detach().clone() for param in params]
+    buffers = [torch.zeros_like(value) for value in values]
+    optimizer = Decaying([{"params": params[:1]}, {"params": params[1:], "lr": 0.3}])
+    if path == "compiled":
+        optimizer.compile()
+    for step in range(1, 5):
+        give_gradients(params, params)
+        optimizer.step()
+        for param, value, buffer, lr in zip(params, values, buffers, (0.1, 0.3, 0.3), strict=True):
+            buffer.mul_(0.5).add_(param.grad)
+            value.sub_(buffer * (lr / step))
+            torch.testing.assert_close(param.detach(), value)
+            torch.testing.assert_close(optimizer.state[param]["momentum_buffer"], buffer)

@@ -59,6 +59,7 @@ def tritonopt(
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     """Compiles a function with the backend, calls it once, and says what became of each graph.
+    Dynamo is reset before and after: what else was compiled will be compiled again.
 
     Args:
         fn: what is to be compiled. It runs: the optimizer takes a step.
@@ -67,13 +68,13 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> str:
     Example:
         >>> print(tritonopt.backend.explain(optimizer.step))
         graph 0, 10 nodes
-          replaced: RMSprop of 2 parameters (maximize=False, lr=0.01, alpha=0.99, eps=1e-08, ...)
+          replaced: RMSprop of 2 parameters (lr=0.01, alpha=0.99, eps=1e-08, weight_decay=0, ...)
     """
     reports: list[str] = []
     torch._dynamo.reset()
     torch.compile(fn, backend=partial(tritonopt, report=reports.append))(*args, **kwargs)
     torch._dynamo.reset()
-    nothing = "no graph was compiled: nothing had to be computed (are there gradients?)"
+    nothing = "no graph was compiled: are there gradients, and is the optimizer torch's?"
     return "\n".join(f"graph {i}, {text}" for i, text in enumerate(reports)) or nothing
 
 

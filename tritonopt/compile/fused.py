@@ -69,7 +69,7 @@ def _immutable(hyper: dict[str, Any]) -> dict[str, Any]:
     """With the values that tensors have now, and with the scalar that `step` makes for a loop."""
     kinds = int, float, str, NoneType
     values: Any = {name: v if isinstance(v, kinds) else float(v) for name, v in hyper.items()}
-    if "step" in values:
+    if {"step", "alpha"} <= values.keys():
         values["correction"] = 1 - values["alpha"] ** values.pop("step")
     return values
 
