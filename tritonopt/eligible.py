@@ -61,6 +61,8 @@ def why_not_native(param: Tensor) -> str | None:
         return "is not dense"
     if param.is_neg():
         return "is lazily negated"
+    if param.is_inference():
+        return "is an inference tensor"
     kind, name = path(param.device)
     return None if kind else name
 

@@ -46,6 +46,7 @@ class Group:
         self.options = groups[0]
         self.rule = optimizer.rule(self.options)
         self.why_torch: str | None = optimizer._why_torch(self.options)
+        self.beyond_torch = optimizer._beyond_torch(self.options)
         self.capturable = bool(self.options.get("capturable"))
         self.hyper: dict[str, Any] = {} if self.why_torch else optimizer.hyper(self.options)
 
@@ -54,9 +55,11 @@ class Group:
         mine, theirs = (
             (g.rule._replace(launcher=None), g.why_torch, g.capturable) for g in (self, other)
         )
-        if mine != theirs:
+        # What is left to torch may be so no more, or raise.
+        if mine != theirs or (self.params and self.fallback and other.beyond_torch):
             return other
         self.groups, self.options, self.hyper = other.groups, other.options, other.hyper
+        self.beyond_torch = other.beyond_torch
         return self
 
     def current(self) -> list[Tensor]:
@@ -75,7 +78,7 @@ class Group:
                 "take one step before a graph captures it"
             )
         self.waiting: list[Tensor] = []  # for a gradient, with which their state is made
-        self.bare: list[Tensor] = []  # have a gradient and no state
+        self.bare: list[tuple[Tensor, bool]] = []  # have no state; whether they are native
         self.fallback: list[tuple[Tensor, str]] = []  # left to torch, and why
         self.native: list[Tensor] = []
         rows = ([p, *map((state.get(p) or {}).get, self._keys())] for p in params)
@@ -95,20 +98,19 @@ class Group:
             elif not entry or missing or self.optimizer._is_untrained(entry):
                 self.waiting.append(param)
                 continue
-            if not entry:
-                self.bare.append(param)
             if why is None and index in shared:
                 why = "overlaps another parameter, or its state does"
             why = why or self._why_left(param, entry)
+            if not entry:
+                self.bare.append((param, why is None))
             if why is None:
                 self.native.append(param)
                 continue
             self.fallback.append((param, why))
-            option = self.optimizer._beyond_torch(self.options)
-            if option and has_gradient:
+            if self.beyond_torch and has_gradient:
                 raise ValueError(
-                    f"{option} is not in torch's implementation, which is needed for a parameter "
-                    f"of size {tuple(param.size())}: it {why}"
+                    f"{self.beyond_torch} is not in torch's implementation, which is needed for a "
+                    f"parameter of size {tuple(param.size())}: it {why}"
                 )
 
     def _keys(self) -> tuple[str, ...]:
@@ -137,14 +139,14 @@ class Group:
         self.entries = list(map(state.get, params))
         self._left = _looks(self.fallback)
         self.provisional = any(why == BAD_GRADIENT for _, why in self.fallback)
+        self.provisional |= bool(self.fallback and self.beyond_torch)
         self.sharded = any(map(is_sharded, self.native))
         self._native_entries = [state[param] for param in self.native]
         keys = (*self.rule.state, "step")
         self._getters = [itemgetter(key) if key in self._keys() else None for key in keys]
         self.lists, grads = self._gather()
         if self.native:
-            with torch.inference_mode(False):
-                self.plan = Plan(self.rule, self.lists, grads, self.optimizer._sweep)
+            self.plan = Plan(self.rule, self.lists, grads, self.optimizer._sweep)
         self.params = params
 
     def _gather(self) -> tuple[Lists, list[Tensor | None]]:
@@ -214,7 +216,7 @@ class Group:
 
     def expected(self) -> list[tuple[Tensor, str | None]]:
         """Parameters that have no state yet, and why torch will update them, if it will."""
-        real = [p for p in self.waiting if not is_lazy(p) and not p.is_meta and p.requires_grad]
+        real = (p for p in self.waiting if not is_lazy(p) and not p.is_meta and p.requires_grad)
         return [(param, self.why_torch or why_not_native(param)) for param in real]
 
 

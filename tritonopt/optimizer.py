@@ -127,11 +127,8 @@ class FusedOptimizer(RuleOptimizer):
         step has been taken outside of the capture.
 
         Args:
-            closure: reevaluates the model and returns the loss. It runs with gradients enabled; the
-                step uses what it leaves in `.grad`.
-
-        Returns:
-            What the closure returned; None without one.
+            closure: reevaluates the model and returns the loss, which is returned. It runs with
+                gradients enabled; the step uses what it leaves in `.grad`.
 
         Raises:
             RuntimeError: a gradient is sparse. No parameter and no state has been changed then.

@@ -1,7 +1,4 @@
-"""Which launches and sweeps update a list of parameters: found once, verified at every step.
-
-The optimizers and the ops hand over lists, as torch's functional optimizers take them.
-"""
+"""Which launches and sweeps update a list of parameters: found once, verified at every step."""
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
@@ -79,6 +76,7 @@ class Plan:
                 self.members.setdefault((param.device, param.dtype, *dtypes), []).append(i)
         self._place(lists)
 
+    @torch.inference_mode(False)
     def _place(self, lists: Lists) -> None:
         """Makes the launches and sweeps, which know where tensors lie."""
         # Other tensors of the same memory: these may be moved.

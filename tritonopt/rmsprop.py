@@ -126,6 +126,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     def hyper(self, group: dict[str, Any]) -> dict[str, Any]:
         hyper = dict(zip(_HYPER, itemgetter(*_HYPER)(group), strict=True))
         hyper["lr"] = _to_scalar(group["lr"])
+        hyper["weight_decay"] = hyper["weight_decay"] or 0  # not a tensor that holds 0
         hyper.update(zip(_SWITCHES, map(group.get, _SWITCHES, repeat(False)), strict=True))
         return hyper
 

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonopt import slab
 from tritonopt.eager import Scratch, apply
 from tritonopt.eligible import is_plain, why_watched
 from tritonopt.plan import Rule
 from tritonopt.shard import local
-from tritonopt.state import make_state, pack_on_accelerator
+from tritonopt.state import make_state, may_move
 from tritonopt.units import Units
 
 
@@ -117,10 +118,10 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _pack(self, groups: Sequence[dict[str, Any]]) -> None:
         self._units.packed = False  # what lies on a CPU is packed at the next step
-        for group in groups:
+        for group in groups:  # now, as a graph that is captured later may know where they lie
             on_accelerator = [param for param in group["params"] if not param.is_cpu]
             if on_accelerator and not self._why_torch(group):
-                pack_on_accelerator(on_accelerator)
+                slab.pack(filter(may_move, on_accelerator))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         built = "_units" in vars(self)  # not while the constructor adds the first groups

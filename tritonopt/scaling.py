@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from tritonopt.device import path
+from tritonopt.eligible import HALF_OR_SINGLE
 from tritonopt.shard import is_sharded
 
 
@@ -37,7 +38,8 @@ def total_norm(work: Sequence[tuple[Any, Sequence[Any]]]) -> Tensor:
                 tensors, numels = scattered[part.grad_dtype, part.device]
                 tensors += [grads[index] for index in part.indices]
                 numels += part.update.numels
-    given = [grad for grad in rest if grad is not None]
+    # In fp32: in half precision the norm of gradients that are still scaled may be infinite.
+    given = [g.float() if g.dtype in HALF_OR_SINGLE else g for g in rest if g is not None]
     norm: Any = get_total_norm(given)
     norm = norm.full_tensor() if is_sharded(norm) else norm
     if not scattered:

@@ -47,19 +47,14 @@ def _makes_plain(param: Tensor) -> bool:
     return (plain or type(param) is Tensor) and not is_sharded(param) and not param.is_complex()
 
 
-def pack_on_accelerator(params: Iterable[Tensor]) -> None:
-    """Once an optimizer has them: a graph that is captured later may know where they lie."""
-    slab.pack(p for p in params if not p.is_cpu and _may_move(p))
-
-
 def pack_on_cpu(params: Iterable[Tensor], state: Mapping[Tensor, Any], keys: Iterable[str]) -> None:
     """At the first step: until then models are moved, cast and wrapped, and state is loaded."""
-    movable = [p for p in params if p.is_cpu and _may_move(p)]
+    movable = [p for p in params if p.is_cpu and may_move(p)]
     slab.pack(movable)
     for key in dict.fromkeys(("step", *keys)):
         values = [state[p].get(key) for p in movable if state.get(p)]
         slab.pack(value for value in values if isinstance(value, Tensor) and value.is_cpu)
 
 
-def _may_move(param: Tensor) -> bool:
+def may_move(param: Tensor) -> bool:
     return param.requires_grad and why_not_native(param) is None

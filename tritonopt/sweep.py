@@ -58,7 +58,8 @@ class Sweep:
         small = [index for index in apart if params[index].numel() <= SMALL]
         small = small if len(small) > FEW else []
         self.batches = filled(small, lambda index: params[index].numel(), SERIAL)
-        self.spans += [Span.of(self.columns, [i]) for i in sorted({*apart} - {*small})]
+        self.spans += [Span.of(self.columns, [index]) for index in {*apart} - {*small}]
+        self.spans.sort(key=lambda span: span.first)
 
     def _piece(self, params: Sequence[Tensor]) -> int:
         asleep = len(params) >= MANY and sum(p.numel() for p in params) <= LITTLE

@@ -84,13 +84,13 @@ class Units:
         optimizer, state = self.optimizer, self.optimizer.state
         for group in stale:
             group.sort()
-        bare = list(chain.from_iterable(group.bare for group in stale))
+        bare = [param for group in stale for param, _ in group.bare]
         if bare and skip is not None and skip.item():
             return False
         is_dummy = bool(bare) and optimizer._is_dummy_step(bare)
         for group in stale:
-            native = {*map(id, group.native)}
-            group.make_state([p for p in group.bare if is_dummy or id(p) in native])
+            new = [p for p, is_native in group.bare if is_dummy or is_native]
+            group.make_state([p for p in new if not state.get(p)])  # from an earlier group
         if is_dummy:
             return False
         ours = [group for group in stale if not group.why_torch]

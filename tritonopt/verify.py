@@ -63,4 +63,5 @@ def addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _looks(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    return [(is_plain(t), t.dtype, t.device, t.size(), t.stride(), t.is_neg()) for t in tensors]
+    kinds = [(is_plain(t), t.is_neg(), t.is_inference(), t.dtype, t.device) for t in tensors]
+    return [(*kind, t.size(), t.stride()) for kind, t in zip(kinds, tensors, strict=True)]

@@ -352,3 +352,29 @@ def test_a_tensor_in_place_of_the_number_that_it_is_rounded_from(name):
         optimizer.state.clear()
         optimizer.param_groups[1]["lr"] = torch.tensor(0.01)
     follow(ours, theirs, params, copies, steps=2)
+
+
+def test_a_parameter_in_two_groups_begins_as_in_the_first(name):
+    params = parameters([(3,), (4,), (5,)])
+    ours, theirs, copies = twins(name, params)
+    for optimizer in (ours, theirs):
+        first = optimizer.param_groups[0]["params"].pop()
+        optimizer.add_param_group({"params": [first], "lr": 0.05})
+        optimizer.param_groups[1]["params"].append(optimizer.param_groups[0]["params"][0])
+    for _ in range(3):
+        give_gradients(params, copies)
+        ours.step()
+        theirs.step()
+        assert_follows(ours, theirs, params, copies)
+
+
+def test_a_gradient_that_is_a_parameter(name):
+    params = parameters([(10,)] * 6)
+    ours, theirs, copies = twins(name, params)
+    for _ in range(3):
+        give_gradients(params, copies)
+        for some in (params, copies):
+            some[1].grad = some[0].detach()
+        ours.step()
+        theirs.step()
+        assert_follows(ours, theirs, params, copies)

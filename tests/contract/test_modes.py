@@ -217,3 +217,23 @@ def test_a_gradient_of_a_class_of_its_own(name):
         theirs.step()
     assert [float(ours.state[p]["step"]) for p in params] == [4.0] * 4
     assert all(type(p) is nn.Parameter for p in params)
+
+
+@pytest.mark.parametrize("before", [0, 2], ids=["at the first step", "later"])
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_parameter_that_was_moved_in_inference_mode(name, count, before):
+    params = parameters([(3,)] * count)
+    ours, theirs, copies = twins(name, params)
+    for step in range(4):
+        if step == before:
+            with torch.inference_mode():
+                for param in params + copies:
+                    param.data = param.detach().clone()
+        give_gradients(params, copies)
+        ours.step()
+        theirs.step()
+        for param, copy in zip(params, copies, strict=True):
+            assert torch.equal(param, copy)
+            assert ours.state[param].keys() == theirs.state[copy].keys()
+            for key, value in theirs.state[copy].items():
+                assert torch.equal(ours.state[param][key], value)

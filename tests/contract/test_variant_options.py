@@ -189,3 +189,24 @@ def test_same_bytes_as_the_default_rule(name, options):
     states = 2 if name == "Rprop" else 1 + ("momentum" in options) + ("centered" in options)
     table = getattr(tritonopt, name)([param], **options).describe()
     assert table.split()[-1] == f"{256 * 4 * (3 + 2 * states):,}"
+
+
+@pytest.mark.parametrize("when", ["turned on", "before a gradient"])
+@pytest.mark.parametrize("option", ["nesterov", "eps_in_sqrt", "decoupled_weight_decay"])
+def test_refused_for_a_complex_parameter_whenever_it_is_seen(option, when):
+    params = [torch.nn.Parameter(torch.randn(3, dtype=d)) for d in (torch.float32, torch.complex64)]
+    optimizer = tritonopt.RMSprop(params, momentum=0.9)
+    for _ in range(3):
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+    if when == "before a gradient":
+        params[1].grad = None
+    optimizer.param_groups[0][option] = True
+    if when == "before a gradient":
+        optimizer.step()
+        params[1].grad = torch.randn_like(params[1])
+    before = copy.deepcopy((params, optimizer.state_dict()["state"]))
+    with pytest.raises(ValueError, match=option):
+        optimizer.step()
+    torch.testing.assert_close((params, optimizer.state_dict()["state"]), before, rtol=0, atol=0)

@@ -274,3 +274,18 @@ def test_loaded_steps_count_where_skips_are_known(name):
     reader.load_state_dict(writer.state_dict())
     assert reader.state[there]["step"].device == there.device
     assert writer.state[param]["step"].is_cpu
+
+
+def test_the_norm_of_scaled_gradients_in_half_precision(name):
+    """It may be beyond what half precision can hold where none of the gradients is."""
+    params = parameters([(100,)] * 4, torch.float16)
+    optimizer = OURS[name](params, fused_amp=True, max_grad_norm=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14)
+    scaler.scale(torch.ones(1))
+    before = copy.deepcopy(params)
+    for param in params:
+        param.grad = torch.full((100,), 1.9 * 2**14).half()
+    scaler.step(optimizer)
+    scaler.update()
+    torch.testing.assert_close(optimizer.grad_norm, torch.tensor(38.0), rtol=1e-3, atol=0)
+    assert not any(torch.equal(*pair) for pair in zip(params, before, strict=True))

@@ -129,3 +129,13 @@ def test_mixed_dtypes(name, device):
             half = param.dtype == torch.bfloat16
             limits = {"rtol": 2e-2, "atol": 2e-2} if half else {"rtol": 2e-5, "atol": 2e-6}
             torch.testing.assert_close(param, other, **limits)
+
+
+def test_a_weight_decay_that_is_a_tensor_of_zero():
+    params = [torch.nn.Parameter(torch.tensor([1.0, float("inf")]))]
+    ours, theirs, copies = twins("RMSprop", params, weight_decay=torch.tensor(0.0))
+    for _ in range(2):
+        give_gradients(params, copies)
+        ours.step()
+        theirs.step()
+        assert_follows(ours, theirs, params, copies)
