@@ -142,13 +142,16 @@ def test_torch_checks_a_capture_of_it(monkeypatch):
     optimizer = Lion(params)
     give_gradients(params, params)
     optimizer.step()
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    capturing = [False]
+    stream = type("Stream", (), {"is_capturing": lambda self: capturing[0]})()
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
-    stream = type("Stream", (), {"is_capturing": lambda self: False})
-    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: stream())
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # torch 2.11 asks these two
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     optimizer.step()
     assert not optimizer.defaults["capturable"]
-    monkeypatch.setattr(stream, "is_capturing", lambda self: True)
+    capturing[0] = True
     with pytest.raises(RuntimeError, match="capturable is False"):
         optimizer.step()
 
