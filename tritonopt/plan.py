@@ -61,7 +61,7 @@ class Plan:
     ) -> None:  # fmt: skip
         self.rule, self.sweep = rule, sweep
         params, *columns, _ = lists
-        self.geometry = Geometry(lists)
+        self.geometry = Geometry(lists[:-1])  # of scalars, where they lie is enough
         self.expects: Callable[..., bool] | None = None  # gradients that need no look, one by one
         pairs = zip(params, grads, strict=True)
         self.grad_dtypes = [(p if grad is None else grad).dtype for p, grad in pairs]
@@ -93,7 +93,7 @@ class Plan:
 
     def moved(self, lists: Lists) -> "Plan | None":
         """The plan of tensors that are what they were and lie elsewhere; None if they are not."""
-        if self.apart or not self.geometry.fits(lists):
+        if self.apart or not self.geometry.fits(lists[:-1]):
             return None
         places = sorted((t.data_ptr(), t.nbytes) for t in chain(*lists))
         if any(start + size > after for (start, size), (after, _) in pairwise(places)):
@@ -117,7 +117,8 @@ class Plan:
         return Part(some, update, device, grad_dtype, 2 * written + grad_dtype.itemsize)
 
     def is_for(self, lists: Lists) -> bool:
-        return self.geometry.fits(lists, self.addresses)
+        is_counted = addresses(lists[-1]) == self.steps_at
+        return is_counted and self.geometry.fits(lists[:-1], self.addresses)
 
     def fitted(self, grads: Grads) -> Grads | None:
         """The gradients as the updates need them; None if the plan is not for such ones."""

@@ -29,10 +29,8 @@ class Units:
         self._state: list[Any] = []  # the parameters and entries of the state that they know
 
     def look(self, skip: Tensor | None) -> Work | None:
-        """The groups, each with the gradients for its plan; None: do nothing.
-
-        `skip`: not 0 if gradients are infinite. The host asks where state would be made.
-        """
+        """The groups, each with the gradients for its plan; None: do nothing. Where state would be
+        made, the host reads `skip`, which is not 0 if gradients are infinite."""
         self._divide()
         state = self.optimizer.state
         known = [*state, *state.values()]
