@@ -185,9 +185,10 @@ class FusedOptimizer(RuleOptimizer):
         """From now on :meth:`step` runs compiled code: :meth:`torch.nn.Module.compile` for steps.
 
         On a CPU the rule becomes one fused loop over flat memory: one graph for any number of
-        parameters. Hyperparameters that change compile nothing anew. On an accelerator a step is
-        one kernel anyway. Results equal eager ones up to rounding. It survives checkpoints, copies,
-        pickling and moved parameters, and does not count against dynamo's recompilation limit.
+        parameters. Numbers that change compile nothing anew, but a `weight_decay` that turns from
+        or to 0, and each `alpha` up to 0.5. On an accelerator a step is one kernel anyway. Results
+        equal eager ones up to rounding. It survives checkpoints, copies, pickling and moved
+        parameters, and does not count against dynamo's recompilation limit.
 
         Args:
             kwargs: of :func:`torch.compile`; ``dynamic=True`` unless given. Loops over 2^15
