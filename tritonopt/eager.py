@@ -74,16 +74,17 @@ def rmsprop_(
     correction: float | None = None,
 ) -> None:  # fmt: skip
     """For bias correction, `step` is the number of steps with this one; graphs, which would compute
-    the power for every element, take the `correction` that follows from it. A fused loop has
-    tensors for numbers: only a float turns weight decay off."""
+    the power for every element, take the `correction` that follows from it. Graphs have tensors for
+    numbers, too, about which they cannot decide: they compute both, and choose."""
     if isinstance(lr, Tensor):
         lr = lr.double()  # type: ignore[assignment]  # its products are rounded as a float's
     decays = isinstance(weight_decay, Tensor) or weight_decay != 0
     if maximize:
         grad = torch.neg(grad, out=scratch.first)
     if decays and not decoupled_weight_decay:
-        if isinstance(weight_decay, Tensor):
-            grad = torch.addcmul(grad, param, weight_decay.to(grad.dtype))
+        if isinstance(weight_decay, Tensor):  # 0 times an infinite parameter would be NaN
+            weight_decay = weight_decay.to(grad.dtype)
+            grad = torch.addcmul(grad, torch.where(weight_decay != 0, param, 0.0), weight_decay)
         else:
             grad = torch.add(grad, param, alpha=weight_decay, out=scratch.first)
     # sqrt(v / c) is sqrt(v) / sqrt(c): taken out of the denominator, bias correction changes
@@ -124,8 +125,10 @@ def rmsprop_(
 
 
 def _lerp_(start: Tensor, end: Tensor, weight: float) -> None:
-    if isinstance(weight, Tensor):  # below 0.5, see `_is_constant` in compile/fused.py
-        start.addcmul_(end - start, weight.to(start.dtype))
+    if isinstance(weight, Tensor):  # from the nearer end, as torch does
+        weight = weight.to(start.dtype)
+        near, way = weight < 0.5, end - start
+        start.copy_(torch.where(near, start, end) + torch.where(near, weight, weight - 1) * way)
     else:
         start.lerp_(end, weight)
 

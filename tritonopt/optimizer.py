@@ -7,7 +7,7 @@ checkpoints, missing gradients, moved parameters, clipping, `compile()` and `des
    parameters): parameter, gradient, the state in the rule's order, and
    :class:`~tritonopt.eager.Scratch`. It writes the parameter and the state in place, never the
    gradient. It defines correctness, runs on a CPU, and is what `compile()` compiles: there, numbers
-   are 0-dim tensors (but 0 for `weight_decay`, and an `alpha` up to 0.5), and `scratch` is empty.
+   are 0-dim tensors, and `scratch` is empty.
 
        def sign_(param, grad, momentum_buffer, scratch, *, lr, momentum):
            momentum_buffer.mul_(momentum).add_(grad)
@@ -185,10 +185,9 @@ class FusedOptimizer(RuleOptimizer):
         """From now on :meth:`step` runs compiled code: :meth:`torch.nn.Module.compile` for steps.
 
         On a CPU the rule becomes one fused loop over flat memory: one graph for any number of
-        parameters. Numbers that change compile nothing anew, but a `weight_decay` that turns from
-        or to 0, and each `alpha` up to 0.5. On an accelerator a step is one kernel anyway. Results
-        equal eager ones up to rounding. It survives checkpoints, copies, pickling and moved
-        parameters, and does not count against dynamo's recompilation limit.
+        parameters. Numbers that change compile nothing anew. On an accelerator a step is one kernel
+        anyway. Results equal eager ones up to rounding. It survives checkpoints, copies, pickling
+        and moved parameters, and does not count against dynamo's recompilation limit.
 
         Args:
             kwargs: of :func:`torch.compile`; ``dynamic=True`` unless given. Loops over 2^15

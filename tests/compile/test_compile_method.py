@@ -379,7 +379,7 @@ def test_switches_that_change():
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
         for number in range(8):
             group = optimizer.param_groups[0]
-            group["weight_decay"] = 0.1 * (number % 2)
+            group["decoupled_weight_decay"] = bool(number & 1)
             group["maximize"], group["eps_in_sqrt"] = bool(number & 2), bool(number & 4)
             param.grad = torch.ones_like(param)
             optimizer.step()
@@ -400,4 +400,22 @@ def test_numbers_that_change_compile_nothing(name, backend, through_dynamo):
                 if option != "maximize":
                     group[option] = smaller(group[option])
     assert_close(ours, theirs, rtol=0.0 if name == "Rprop" else 1e-4)
+    assert graphs() == len(through_dynamo) == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weight_decay_of_0_and_any_alpha_compile_nothing_either(backend, through_dynamo):
+    ours, theirs = optimizers("RMSprop", parameters(((64,), (64,))), centered=True)
+    with torch.no_grad():
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0]["params"][0][3] = torch.inf  # 0 times that would be NaN
+    ours.compile(backend=backend)
+    for weight_decay, alpha in ((0, 0.99), (0.1, 0.6), (0.0, 0.5), (0.2, 0.4), (0, 0.9)):
+        for optimizer in (ours, theirs):
+            group = optimizer.param_groups[0]
+            group["weight_decay"], group["alpha"] = weight_decay, alpha
+            if weight_decay:
+                group["params"][0].data[3] = 1.0
+        step_both(ours, theirs)
+        assert_close(ours, theirs, rtol=1e-4)
     assert graphs() == len(through_dynamo) == 1

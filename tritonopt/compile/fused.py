@@ -54,7 +54,8 @@ class CompiledSweep(Sweep):
 
     def _graph(self, many: bool, dtype: torch.dtype, hyper: dict[str, Any]) -> Any:
         """The graph of an update, and the numbers that are its input."""
-        constants = {name: value for name, value in hyper.items() if _is_constant(name, value)}
+        fixed = bool, str, NoneType
+        constants = {name: value for name, value in hyper.items() if isinstance(value, fixed)}
         numbers = {name: float(v) for name, v in hyper.items() if name not in constants}
         dtypes = [column and column[0].dtype for column in self.columns]
         options = repr(sorted(self.kwargs.items()))
@@ -72,14 +73,6 @@ def _immutable(hyper: dict[str, Any]) -> dict[str, Any]:
     if {"step", "alpha"} <= values.keys():
         values["correction"] = 1 - values["alpha"] ** values.pop("step")
     return values
-
-
-def _is_constant(name: str, value: Any) -> bool:
-    """Whether the value decides about the graph. Other numbers are its inputs."""
-    if isinstance(value, (bool, str, NoneType)):
-        return True
-    # Without a decay there is nothing to add; up to 0.5, `lerp` goes from its other end.
-    return (name == "weight_decay" and value == 0) or (name == "alpha" and value <= 0.5)
 
 
 class Graph:
