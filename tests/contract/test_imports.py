@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from pathlib import Path
 
 import pytest
 from cases import OURS, give_gradients, parameters
@@ -72,6 +73,20 @@ def test_without_triton():
 def test_interpreter_asked_for():
     pytest.importorskip("triton")
     assert "triton, interpreted" in run(TRAIN, TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow
+def test_tests_run_without_expecttest():
+    """Torch's own tables of configurations need it."""
+    run(
+        f"""
+        import sys
+        sys.modules["expecttest"] = None
+        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+        import cases
+        assert cases.CONFIGURATIONS and not cases.INFO
+        """
+    )
 
 
 def test_no_warnings(name):
