@@ -19,19 +19,17 @@ from tritonopt.kernels.rprop import rprop_kernel
 BLOCK, THREADS = 1024, 128  # 8 elements a thread: 128 bits of a tensor in half precision
 NORM_BLOCK = 4096  # elements of which one program adds up the squares: 32 a thread
 RECENT_TABLES = 8  # the caching allocator repeats itself with a short period
-SPARE_TABLES = 2  # for graph captures, during which no memory can be pinned
 REGISTERS = 168  # of a thread, at most, in fp64: three blocks of 128 share a multiprocessor's 65536
 TYPES = {getattr(torch, x): getattr(tl, x) for x in ("float16", "bfloat16", "float32", "float64")}
 
 Grads = Sequence[Tensor | None]
 Columns = Sequence[Sequence[Tensor] | None]  # what a kernel writes; None: no such state
 
-_CAPTURED: list[tuple[Tensor, ...]] = []  # what captured graphs read; never written again
-
 
 class Grid:
-    """Programs (index of a tensor << 32 | index of its block), and tables of where gradients are: a
-    row for each tensor, of numel, its gradient's address and, in each of `columns`, its own."""
+    """What a kernel reads first: programs (index of a tensor << 32 | index of its block), and a
+    table with a row for each tensor, of numel, its gradient's address and, in each of `columns`,
+    its own."""
 
     def __init__(self, numels: Sequence[int], columns: Columns, device: torch.device, block: int):
         self.numels, self.device, self.block = numels, device, block
@@ -43,43 +41,41 @@ class Grid:
         blocks = (rows[0] + block - 1) // block
         tensor = torch.repeat_interleave(blocks)
         number = torch.arange(len(tensor), device="cpu") - (blocks.cumsum(0) - blocks)[tensor]
-        self.programs = (tensor << 32 | number).to(device)
-        self._recent: list[tuple[Any, ...]] = []  # stream, addresses, buffers
-        self._spare: list[tuple[Tensor, Tensor]] = []
+        self._programs = tensor << 32 | number
+        self.programs = self._programs.to(device)
+        self._recent: list[tuple[Any, ...]] = []  # stream, addresses, table
         self._compiled: dict[Any, Callable[..., None]] = {}
 
-    def table(self, grads: Grads) -> Tensor:
-        """The table of these gradients, uploaded if an address has changed; 0: there is none."""
+    def tables(self, grads: Grads) -> tuple[Tensor, Tensor]:
+        """The table of these gradients (0: there is none), uploaded if an address has changed; and
+        the programs."""
         try:
             at = list(map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
         except TypeError:  # of None
             at = [0 if grad is None else grad.data_ptr() for grad in grads]
         capturing = is_capturing(self.device)
-        while not capturing and len(self._spare) < SPARE_TABLES:
-            self._spare.append(self._buffers())
-        if capturing and not self._spare:
-            raise RuntimeError("a capture needs a step outside of it first, and can hold two steps")
         stream = self.device.type != "cpu" and torch.accelerator.current_stream(self.device)
         for row in () if capturing else self._recent:
             if row[:2] == (stream, at):
-                return row[-1]
-        host, table = self._spare.pop() if capturing else self._buffers()
-        host.copy_(self._rows)
-        host[:, 1] = torch.frombuffer(array("q", at), dtype=torch.int64)
-        table.copy_(host, non_blocking=True)
-        if capturing:
-            _CAPTURED.append((host, table, self.programs))
-            return table
+                return row[-1], self.programs
+        rows = self._rows.clone()
+        rows[:, 1] = torch.frombuffer(array("q", at), dtype=torch.int64)
+        if capturing:  # both, in memory of the graph, as it may outlive all of this
+            return self._upload(rows), self._upload(self._programs)
+        table = self._upload(rows)
         if stream:  # another one may have been current when they were made
             self.programs.record_stream(stream)
         # A new list: another thread may be reading this one, as optimizers share a norm's grid.
-        self._recent = [(stream, at, host, table), *self._recent[: RECENT_TABLES - 1]]
-        return table
+        self._recent = [(stream, at, table), *self._recent[: RECENT_TABLES - 1]]
+        return table, self.programs
 
-    def _buffers(self) -> tuple[Tensor, Tensor]:
-        """Host memory and its copy on the device, filled once: a copy may be under way."""
-        host = torch.empty_like(self._rows, pin_memory=self.device.type != "cpu")
-        return host, torch.empty_like(host, device=self.device)
+    def _upload(self, host: Tensor) -> Tensor:
+        """A copy on the device. It may be under way, or captured: torch's allocator keeps what is
+        pinned until it is made, or for as long as the graph lives."""
+        if self.device.type == "cpu":
+            return host
+        pinned = torch.empty_like(host, pin_memory=True).copy_(host)
+        return pinned.to(self.device, non_blocking=True)
 
     def launch(
         self, kernel: Any, grad_dtype: torch.dtype, pointers: Grads,
@@ -127,7 +123,7 @@ class Launch(Grid):
         with torch.accelerator.device_index(self.device.index):
             both = factor, skip
             both = [x if x is None else x.to(self.device, non_blocking=True) for x in both]
-            self.pointers, self.grad_dtype = (self.table(grads), self.programs, *both), given.dtype
+            self.pointers, self.grad_dtype = (*self.tables(grads), *both), given.dtype
             self.rule(self, **hyper)
 
     def run(
@@ -184,7 +180,7 @@ def square_sum(
     sums = torch.empty_like(grid.programs, dtype=torch.promote_types(dtype, torch.float32))
     if len(sums):
         with torch.accelerator.device_index(device.index):
-            grid.launch(square_sum_kernel, dtype, (grid.table(grads), grid.programs, sums))
+            grid.launch(square_sum_kernel, dtype, (*grid.tables(grads), sums))
     return sums.sum()
 
 
