@@ -41,9 +41,9 @@ class Grid:
         blocks = (rows[0] + block - 1) // block
         tensor = torch.repeat_interleave(blocks)
         number = torch.arange(len(tensor), device="cpu") - (blocks.cumsum(0) - blocks)[tensor]
-        self._programs = tensor << 32 | number
-        self.programs = self._programs.to(device)
-        self._recent: list[tuple[Any, ...]] = []  # stream, addresses, table
+        self.programs = tensor << 32 | number
+        self._uploaded: dict[Any, Tensor] = {}  # programs, by the stream that copied them
+        self._recent: list[tuple[Any, ...]] = []  # stream, addresses, table, programs
         self._compiled: dict[Any, Callable[..., None]] = {}
 
     def tables(self, grads: Grads) -> tuple[Tensor, Tensor]:
@@ -53,21 +53,22 @@ class Grid:
             at = list(map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
         except TypeError:  # of None
             at = [0 if grad is None else grad.data_ptr() for grad in grads]
-        capturing = is_capturing(self.device)
         stream = self.device.type != "cpu" and torch.accelerator.current_stream(self.device)
+        capturing = is_capturing(self.device)  # into memory of the graph, which may outlive this
         for row in () if capturing else self._recent:
             if row[:2] == (stream, at):
-                return row[-1], self.programs
+                return row[2:]
         rows = self._rows.clone()
         rows[:, 1] = torch.frombuffer(array("q", at), dtype=torch.int64)
-        if capturing:  # both, in memory of the graph, as it may outlive all of this
-            return self._upload(rows), self._upload(self._programs)
         table = self._upload(rows)
-        if stream:  # another one may have been current when they were made
-            self.programs.record_stream(stream)
+        if capturing:
+            return table, self._upload(self.programs)
+        if stream not in self._uploaded:
+            self._uploaded[stream] = self._upload(self.programs)
         # A new list: another thread may be reading this one, as optimizers share a norm's grid.
-        self._recent = [(stream, at, table), *self._recent[: RECENT_TABLES - 1]]
-        return table, self.programs
+        row = stream, at, table, self._uploaded[stream]
+        self._recent = [row, *self._recent[: RECENT_TABLES - 1]]
+        return row[2:]
 
     def _upload(self, host: Tensor) -> Tensor:
         """A copy on the device. It may be under way, or captured: torch's allocator keeps what is
@@ -177,7 +178,8 @@ def square_sum(
 ) -> Tensor:
     """Of scattered gradients, in fp32 or fp64. The same ones give the same bits."""
     grid = _norm_grid(tuple(numels), (), device, NORM_BLOCK)
-    sums = torch.empty_like(grid.programs, dtype=torch.promote_types(dtype, torch.float32))
+    exact = torch.promote_types(dtype, torch.float32)
+    sums = torch.empty(len(grid.programs), dtype=exact, device=device)
     if len(sums):
         with torch.accelerator.device_index(device.index):
             grid.launch(square_sum_kernel, dtype, (*grid.tables(grads), sums))

@@ -148,7 +148,8 @@ def move_state(ours, theirs):
 
 
 def add_group(ours, theirs):
-    extra = [torch.nn.Parameter(torch.randn(5)) for _ in range(2)]
+    device = params_of(ours)[0].device
+    extra = [torch.nn.Parameter(torch.randn(5, device=device)) for _ in range(2)]
     theirs.add_param_group({"params": [torch.nn.Parameter(p.detach().clone()) for p in extra]})
     ours.add_param_group({"params": extra})
 

@@ -98,9 +98,12 @@ class Units:
             self.packed = True
         for group in stale:
             group.make_plan()
+        made = {id(param) for param in bare}  # their values lie on a device, and are known
         for group in stale:
             for param in group.current():
-                if param.grad is not None and optimizer._is_untrained(state.get(param)):
+                if param.grad is None or id(param) in made:
+                    continue
+                if optimizer._is_untrained(state.get(param)):
                     optimizer._start(group.options, state[param])
         return True
 

@@ -39,8 +39,8 @@ def test_a_compiled_step_is_the_eager_step(name, kwargs, backend, device):
 
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda f: f.__name__)
-def test_between_steps(name, event):
-    ours, theirs = optimizers(name, parameters())
+def test_between_steps(name, event, device):
+    ours, theirs = optimizers(name, parameters(device=device))
     step = torch.compile(ours.step, backend="aot_eager")
     for number in range(6):
         if number in (2, 4):
@@ -49,6 +49,35 @@ def test_between_steps(name, event):
         step()
         theirs.step()
         assert_close(ours, theirs)
+
+
+def momentum(group):
+    group["momentum"] = 0.9
+
+
+def centered(group):
+    group["centered"] = True
+
+
+def double(group):
+    for p in group["params"]:
+        p.data = p.data.double()
+
+
+@pytest.mark.parametrize("change", [momentum, centered, double])
+def test_before_the_first_step(change, device):
+    """Dynamo moves the counts of steps of torch's optimizers to the device; ours stay."""
+    ours, theirs = optimizers("RMSprop", parameters(device=device))
+    for optimizer in (ours, theirs):
+        change(optimizer.param_groups[0])
+    step = torch.compile(ours.step, backend="aot_eager")
+    for _ in range(3):
+        give_gradients(ours, theirs)
+        step()
+        theirs.step()
+        assert_close(ours, theirs)
+    states = [entry for optimizer in (ours, theirs) for entry in optimizer.state.values()]
+    assert all(entry["step"].is_cpu for entry in states)
 
 
 @pytest.mark.parametrize(("name", "kwargs"), VARIANTS[:-1], ids=str)  # which needs a loss

@@ -147,3 +147,29 @@ def test_collections_in_the_middle_of_everything(name):
             follow(ours, theirs, params, copies, steps=2)
     finally:
         gc.set_threshold(*threshold)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kwargs", [{}, {"max_grad_norm": 1.0}, {"capturable": True}], ids=str)
+def test_cuda_is_never_waited_for(name, kwargs, monkeypatch):
+    """Neither by the constructor nor by a step."""
+    from tritonopt.kernels.launch import Grid
+
+    def upload(self, host):
+        torch.cuda.set_sync_debug_mode("default")  # as a GPU that is faked waits for any copy
+        uploaded.append(original(self, host))
+        torch.cuda.set_sync_debug_mode("error")
+        return uploaded[-1]
+
+    uploaded, original = [], Grid._upload
+    monkeypatch.setattr(Grid, "_upload", upload)
+    params = parameters([(3, 5), (40,), (2000,)], device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer = OURS[name](params, **kwargs)
+        for _ in range(3):
+            give_gradients(params, params)
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert uploaded
