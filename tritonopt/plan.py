@@ -141,11 +141,10 @@ class Plan:
         factor: Tensor | None = None, skip: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Updates what has a gradient, which counts `factor` times, unless `skip` is not 0."""
-        given = [grad is not None or None for grad in grads]
-        if not any(given):
+        given = None if all_given(grads) else [grad is not None or None for grad in grads]
+        if given is not None and not any(given):
             return
-        whole = all(given)
-        self._count(lists[-1], None if whole else given, skip)
+        self._count(lists[-1], given, skip)
         for part in self.parts:
             own = grads
             if len(part.indices) < len(grads):
@@ -160,7 +159,9 @@ class Plan:
                 tensors = [self.params[index], *(c and c[index] for c in self.columns)]
                 apply(self.rule.eager, grad, tensors, Scratch(), {**hyper, **step})
         # A later backward must notice. What was looked at last is in the processor's cache.
-        changed = reversed(lists) if whole else [compress(column, given) for column in lists]
+        changed: Any = reversed(lists)
+        if given is not None:
+            changed = [compress(column, given) for column in lists]
         torch.autograd.graph.increment_version(list(chain.from_iterable(changed)))
 
     def _count(self, steps: Sequence[Tensor], given: Any, skip: Tensor | None) -> None:
