@@ -171,6 +171,11 @@ def lists(*models: nn.Module) -> list[list[Any]]:
     return [list(model.parameters()) for model in models]
 
 
+def set_data(model: nn.Module) -> None:
+    for param in model.parameters():
+        param.data = param.data.clone()
+
+
 def is_packed(optimizer: Any, params: Any) -> bool:
     return all(
         slab.find(tensor) is not None

@@ -80,6 +80,12 @@ def give_gradients(ours, theirs, missing=()):
         q.grad = None if index in missing else p.grad.clone()
 
 
+def step_both(ours, theirs, missing=()):
+    give_gradients(ours, theirs, missing)
+    ours.step()
+    theirs.step()
+
+
 def assert_close(ours, theirs, rtol=0.0):
     close = {"rtol": rtol, "atol": rtol / 10, "check_device": False}  # it moves counts to a GPU
     for p, q in pairs(ours, theirs):
@@ -172,3 +178,16 @@ def other_options(ours, theirs):
 
 
 EVENTS = [move, move_state, add_group, load, clear_state, other_options]
+
+
+CHANGES = {
+    "RMSprop": ["lr", "alpha", "eps", "weight_decay", "momentum", "maximize"],
+    "Rprop": ["etas", "step_sizes", "maximize"],
+}
+"""Options that may change between steps."""
+
+
+def smaller(value):
+    if isinstance(value, tuple):
+        return value[0] * 0.9, value[1] * 0.99
+    return not value if isinstance(value, bool) else value * 0.8

@@ -1,9 +1,12 @@
 """After `optimizer.compile()`, whatever happens between two steps happens as in eager."""
 
+import numpy as np
 import pytest
 import torch
+from cases import TORCH
 from compile_cases import (
     BACKENDS,
+    CHANGES,
     EVENTS,
     NAMES,
     VARIANTS,
@@ -14,6 +17,8 @@ from compile_cases import (
     optimizers,
     parameters,
     skip_interpreted,
+    smaller,
+    step_both,
 )  # fmt: skip
 
 __all__ = ["fresh"]  # an autouse fixture
@@ -48,6 +53,45 @@ def test_gradients_come_and_go(name, backend):
         ours.step()
         theirs.step()
     assert_close(ours, theirs, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("name", "option"), [(n, k) for n in NAMES for k in CHANGES[n]], ids=str)
+def test_options_change_between_steps(name, option, backend):
+    """Dynamo would turn a float that changes into a symbol, and torch bakes in 1 - symbol."""
+    kwargs = {"momentum": 0.9, "weight_decay": 0.1, "centered": True} if name == "RMSprop" else {}
+    for _ in range(2):  # the second pair shares what was compiled for the first
+        ours, theirs = optimizers(name, parameters(((50,), (40, 50))), **kwargs)
+        ours.compile(backend=backend)
+        for _ in range(4):
+            step_both(ours, theirs)
+            assert_close(ours, theirs, rtol=0.0 if name == "Rprop" else 1e-4)
+            for optimizer in (ours, theirs):
+                group = optimizer.param_groups[0]
+                group[option] = smaller(group[option])
+
+
+KINDS = [
+    *[(option, torch.tensor) for option in ("lr", "momentum", "weight_decay", "alpha")],
+    *[("lr", kind) for kind in (lambda x: torch.tensor([x]), np.array)],  # torch takes no others
+]
+
+
+@pytest.mark.parametrize(("option", "kind"), KINDS)
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_options_that_are_tensors_may_be_written_to(option, kind, backend):
+    """Equal to torch's optimizer, which shares the tensor."""
+    start = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "alpha": 0.9}
+    ours, theirs = optimizers("RMSprop", parameters(((50,), (40, 50))), TORCH, **start)
+    if backend:
+        ours.compile(backend=backend)
+    shared = kind(start[option])
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[0][option] = shared
+    for value in (0.9, 0.9, 0.4, 0.4, 0.0, 0.5):
+        shared[...] = value
+        step_both(ours, theirs)
+        assert_close(ours, theirs, rtol=1e-4 if backend else 1e-5)  # torch: 1 - alpha in fp32
 
 
 @backends

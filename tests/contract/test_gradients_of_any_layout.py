@@ -197,6 +197,18 @@ def test_a_gradient_that_is_its_parameter(name):
         assert_follows(ours, theirs, params, copies)
 
 
+def test_a_gradient_that_is_a_parameter(name):
+    params = parameters([(10,)] * 6)
+    ours, theirs, copies = twins(name, params)
+    for _ in range(3):
+        give_gradients(params, copies)
+        for some in (params, copies):
+            some[1].grad = some[0].detach()
+        ours.step()
+        theirs.step()
+        assert_follows(ours, theirs, params, copies)
+
+
 def test_accumulated_gradients_stay_in_place(name):
     model = nn.Linear(5, 3)
     twin = copy.deepcopy(model)

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from cases import OURS, TORCH, give_gradients, parameters, twins
+from cases import FEW_SHAPES, OURS, TORCH, assert_follows, give_gradients, parameters, twins
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -100,6 +100,28 @@ def test_a_default_device_is_no_watching_mode(name, context, plans):
         optimizer.step()
         optimizer.step()
     assert len(plans) == 2
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.device("meta"), torch.inference_mode()], ids=["meta", "inference"]
+)
+@pytest.mark.parametrize("during", ["construction", "step"])
+def test_ambient_modes_change_nothing(name, mode, during):
+    params = parameters(FEW_SHAPES)
+    if during == "construction":
+        with mode:
+            ours = OURS[name](params, maximize=True)
+    _, theirs, copies = twins(name, [nn.Parameter(p.detach().clone()) for p in params])
+    theirs = TORCH[name](copies, foreach=False, maximize=True)
+    if during == "step":
+        ours = OURS[name](params, maximize=True)
+    for _ in range(3):
+        give_gradients(params, copies)
+        with mode:
+            ours.step()
+        theirs.step()
+        assert_follows(ours, theirs, params, copies)
+    (params[0] ** 2).sum().backward()
 
 
 def test_a_backward_after_the_step_under_saved_mutation(name):

@@ -19,7 +19,7 @@ SOME = {
     "rules/test_variant_formulas.py::test_rprop_kernel_has_the_bits_of_the_eager_rule": "variants",
     "rules/test_variant_formulas.py::test_rmsprop_kernel_is_near_the_eager_rule": "variants",
     "contract/test_missing_and_sparse_gradients.py::test_missing_gradients_are_skipped": "None",
-    "contract/test_groups_and_state_change.py::test_changed_groups": "groups",
+    "contract/test_changed_groups.py::test_changed_groups": "groups",
     "memory/test_storages.py::test_memory_layouts": "views and strides",
 }
 """Tests, and what they touch."""

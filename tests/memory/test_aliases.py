@@ -1,5 +1,6 @@
 """What is tied, viewed or held stays so."""
 
+import copy
 import tempfile
 import warnings
 
@@ -101,6 +102,26 @@ def test_a_held_state_dict_follows(name, device):
     for _ in range(4):
         follow(ours, theirs, *lists(model, twin), 1)
         assert all(torch.equal(held[k], v) for k, v in model.named_parameters())
+
+
+def test_loaded_state_that_somebody_holds(name):
+    """Restarts write to the tensors that they took from the state; a module may own them."""
+    params = parameters(FEW_SHAPES)
+    ours, theirs, copies = twins(name, params, lr=0.1)
+    held = []
+    for optimizer in (ours, theirs):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    follow(ours, theirs, params, copies, 1)
+    for optimizer in (ours, theirs):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        entries = optimizer.state.values()
+        tensors = [t for entry in entries for key, t in sorted(entry.items()) if key != "step"]
+        held.append([*tensors[:2], *(t.detach() for t in tensors[2:])])
+    for _ in range(4):
+        follow(ours, theirs, params, copies, 2)
+        for mine, other in zip(*held, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-7)
+            mine.fill_(0.5), other.fill_(0.5)
 
 
 def test_state_replaced_by_an_alias_whose_original_is_moved(name, device):

@@ -1,0 +1,66 @@
+"""`optimizer.compile()` takes what `torch.compile` takes, and raises what it raises."""
+
+import copy
+import re
+
+import pytest
+import torch
+from compile_cases import (
+    assert_close,
+    fresh,
+    give_gradients,
+    optimizers,
+    parameters,
+    skip_interpreted,
+)  # fmt: skip
+from torch._inductor.utils import run_and_get_code
+
+__all__ = ["fresh"]  # an autouse fixture
+pytestmark = skip_interpreted
+
+
+def test_options_of_torch_compile(monkeypatch):
+    seen = []
+    compile_function = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **kwargs: seen.append(kwargs) or compile_function(f, **kwargs)
+    )
+    ours, theirs = optimizers("RMSprop", parameters(), alpha=0.77)
+    ours.compile(backend="aot_eager", fullgraph=True)
+    give_gradients(ours, theirs)
+    ours.step()
+    theirs.step()
+    assert {"dynamic": True, "backend": "aot_eager", "fullgraph": True} in seen
+    assert_close(ours, theirs, rtol=1e-6)
+
+
+@pytest.mark.slow
+def test_options_reach_inductor():
+    for kwargs in ({"options": {"cpp.threads": 1}}, {"mode": "max-autotune-no-cudagraphs"}):
+        ours, theirs = optimizers("Rprop", parameters(((2**17,),)))
+        ours.compile(**kwargs)
+        give_gradients(ours, theirs)
+        _, (code,) = run_and_get_code(ours.step)
+        theirs.step()
+        assert_close(ours, theirs)
+        assert bool(re.search("omp parallel", code)) == ("mode" in kwargs)
+
+
+WRONG = [
+    {"options": {"no_such_option": 1}}, {"options": {"max_autotune": "yes"}},
+    {"mode": "no such mode"}, {"mode": "no such mode", "disable": True},
+    {"mode": "max-autotune", "options": {"max_autotune": True}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kwargs", WRONG, ids=str)
+def test_wrong_options_raise_what_torch_raises(kwargs):
+    ours, theirs = optimizers("Rprop", parameters(((50,),)))
+    before = copy.deepcopy(ours.param_groups[0]["params"])
+    give_gradients(ours, theirs)
+    with pytest.raises(Exception) as torchs:  # noqa: PT011
+        torch.compile(lambda: None, **kwargs)
+    with pytest.raises(type(torchs.value), match=re.escape(str(torchs.value)[:40])):
+        ours.compile(**kwargs)
+    torch.testing.assert_close(ours.param_groups[0]["params"], before, rtol=0, atol=0)
+    ours.step()  # as before
