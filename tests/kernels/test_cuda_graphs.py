@@ -10,8 +10,9 @@ import pytest
 import torch
 from cases import OURS
 
-from tritonopt.device import INTERPRET
+from tritonopt.device import INTERPRET, is_capturing
 
+two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 interpreted = pytest.mark.skipif(not INTERPRET, reason="needs the interpreter")
 names = pytest.mark.parametrize("name", sorted(OURS))
@@ -194,3 +195,31 @@ def test_reduce_overhead(name):
         step()
         theirs.step()
     assert all(torch.equal(p, q) for p, q in zip(params, copies, strict=True))
+
+
+@two
+def test_cuda_streams_of_each_device_are_asked():
+    """Not that of the current one."""
+    first, second = (torch.device("cuda", index) for index in (0, 1))
+    ones = [torch.ones(3, device=device) for device in (first, second)]
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(second)
+    with torch.cuda.device(second), torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.device(first):
+            assert is_capturing(second)
+            assert not is_capturing(first)
+        ones[1].add_(1)
+
+
+@two
+@names
+def test_cuda_parameters_on_two_devices(name):
+    params = [torch.nn.Parameter(torch.randn(n, device=f"cuda:{n % 2}")) for n in (4, 5, 1500, 7)]
+    copies = [torch.nn.Parameter(p.detach().cpu()) for p in params]
+    ours, theirs = OURS[name](params, max_grad_norm=0.5), OURS[name](copies, max_grad_norm=0.5)
+    for _ in range(3):
+        for p, q in zip(params, copies, strict=True):
+            q.grad = torch.randn_like(q)
+            p.grad = q.grad.to(p.device)
+        ours.step(), theirs.step()
+    for p, q in zip(params, copies, strict=True):
+        torch.testing.assert_close(p.cpu(), q)
