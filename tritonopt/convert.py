@@ -30,11 +30,12 @@ def from_torch(optimizer: torch.optim.Optimizer) -> RMSprop | Rprop:
     if isinstance(optimizer, (RMSprop, Rprop)):
         return optimizer
     if type(optimizer) not in OURS:
-        raise TypeError(f"from_torch takes torch.optim.RMSprop or Rprop, not {type(optimizer)}")
+        kind = type(optimizer)
+        raise TypeError(f"from_torch takes torch.optim.RMSprop or Rprop, no subclass: not {kind}")
     step = vars(optimizer).get("step")
     # Where it was made: other wrappers may have copied the mark of a scheduler's.
     if step is not None and getattr(step, "__globals__", None) is not vars(lr_scheduler):
-        raise TypeError("the optimizer's step was replaced: call from_torch before that")
+        raise TypeError("its step was replaced by something: undo that, or call from_torch before")
     vars(optimizer).pop("step", None)  # our class's does itself what the wrapper does
     optimizer.__class__ = OURS[type(optimizer)]
     assert isinstance(optimizer, (RMSprop, Rprop))

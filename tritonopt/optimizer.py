@@ -146,8 +146,8 @@ class FusedOptimizer(RuleOptimizer):
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
     @untraced(
-        "a step of tritonopt runs as it is, between graphs: it is one launch, which a compiler "
-        "could only slow down. Call optimizer.step() outside of what fullgraph=True compiles"
+        "a step of tritonopt is in no graph: call it outside of what fullgraph=True compiles. "
+        "optimizer.compile() compiles the step; torch.ops.tritonopt has operators for graphs"
     )
     def _update(self, loss: Any) -> None:
         """What is left of a step once the gradients are there; dynamo does not trace it."""
@@ -185,9 +185,10 @@ class FusedOptimizer(RuleOptimizer):
         """From now on :meth:`step` runs compiled code: :meth:`torch.nn.Module.compile` for steps.
 
         On a CPU the rule becomes one fused loop over flat memory: one graph for any number of
-        parameters. Numbers that change compile nothing anew. On an accelerator a step is one kernel
-        anyway. Results equal eager ones up to rounding. It survives checkpoints, copies, pickling
-        and moved parameters, and does not count against dynamo's recompilation limit.
+        parameters, and one of large ones. Numbers that change compile nothing anew, but a momentum
+        that becomes 0. On an accelerator a step is one kernel anyway. Results equal eager ones up
+        to rounding. It survives checkpoints, copies, pickling and moved parameters, and does not
+        count against dynamo's recompilation limit.
 
         Args:
             kwargs: of :func:`torch.compile`; ``dynamic=True`` unless given. Loops over 2^15
@@ -208,9 +209,9 @@ class FusedOptimizer(RuleOptimizer):
     def describe(self) -> str:
         """A table of what updates which parameters, and why any of them is not packed.
 
-        *packed* ones lie in a slab, or will from the first step on; *in place* ones take part from
-        where they are; *torch* ones are left to torch's own code. The bytes are the least a step
-        can move: parameter, gradient and state read, parameter and state written.
+        *packed* ones lie in a slab, or are offered a place at the first step; *in place* ones take
+        part from where they are; *torch* ones are left to torch's own code. The bytes are the least
+        a step can move: parameter, gradient and state read, parameter and state written.
 
         Example:
             >>> model = torch.nn.Linear(4, 4)

@@ -47,17 +47,18 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         maximize: ascend instead of descend.
         differentiable: let autograd run through :meth:`step`; selects torch's own implementation.
         fused_amp: let :class:`torch.amp.GradScaler` hand over its scale and whether gradients are
-            infinite, instead of writing the gradients. A step with infinite ones leaves no trace;
-            only the step that makes state waits for the device. Lightning refuses gradient
+            infinite, instead of writing the gradients. A step with infinite ones leaves no trace.
+            No step waits for the device but the one that makes state. Lightning refuses gradient
             clipping of its own then.
         max_grad_norm: the step counts gradients as if they had first been clipped to this 2-norm
-            over all param groups, without writing them. :attr:`grad_norm`, a tensor, holds the norm
-            before: of all ranks under FSDP2, of this rank's parameters under FSDP1 and ZeRO.
+            over all param groups, without writing them. From the first step that is not skipped
+            on, :attr:`grad_norm` is a tensor with the norm before: of all ranks under FSDP2, of
+            this rank's parameters under FSDP1 and ZeRO.
         eps_in_sqrt: the denominator is :math:`\sqrt{v_t + \epsilon}`.
         lr_in_momentum: :math:`b_t = \mu b_{t-1} + \gamma g_t / (\sqrt{v_t} + \epsilon)` and
             :math:`\theta_t = \theta_{t-1} - b_t`: a new ``lr`` leaves earlier updates as they were.
         initial_scale: what ``square_avg`` starts from.
-        nesterov: the step is :math:`\mu b_t` plus what was last added to :math:`b_t`.
+        nesterov: the step has :math:`\mu b_t` plus the last summand of :math:`b_t` for it.
         bias_correction: :math:`v_t` and the running mean of the gradient are divided by
             :math:`1 - \alpha^t`, where :math:`t` counts the steps of the parameter. With
             ``centered``, too, the first step divides by ``eps`` alone: one gradient has no
@@ -65,8 +66,9 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         decoupled_weight_decay: :math:`\theta` is multiplied by :math:`1 - \gamma \lambda` before
             the update, and the gradient left as it is.
 
-    Options from ``fused_amp`` on are not torch's; with one from ``eps_in_sqrt`` on, what only torch
-    can do raises. A checkpoint that lacks them leaves the values that the optimizer was built with.
+    In this list, options from ``fused_amp`` on are not torch's; from ``eps_in_sqrt`` on they change
+    the rule, and raise where only torch's code can step. A checkpoint without them leaves them as
+    they were given.
 
     State is made, as in torch, at the first step at which a parameter has a gradient: ``step`` (a
     float32 scalar), and of the parameter's shape and dtype ``square_avg``, ``momentum_buffer`` if
@@ -75,7 +77,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     Raises:
         ValueError: a hyperparameter is negative, a tensor ``lr`` has several elements, ``nesterov``
             or ``lr_in_momentum`` has no ``momentum``, ``bias_correction`` has an ``alpha`` of 1 or
-            more, ``max_grad_norm`` is not positive, or an option that torch does not have meets
+            more, ``max_grad_norm`` is not positive, or an option that changes the rule meets
             ``foreach`` or ``differentiable``.
         RuntimeError: ``fused_amp`` is given with ``differentiable``.
 
