@@ -83,8 +83,8 @@ def rmsprop_(
         grad = torch.neg(grad, out=scratch.first)
     if decays and not decoupled_weight_decay:
         if isinstance(weight_decay, Tensor):  # 0 times an infinite parameter would be NaN
-            weight_decay = weight_decay.to(grad.dtype)
-            grad = torch.addcmul(grad, torch.where(weight_decay != 0, param, 0.0), weight_decay)
+            decayed = torch.addcmul(grad, param, weight_decay.to(grad.dtype))
+            grad = torch.where(weight_decay != 0, decayed, grad)
         else:
             grad = torch.add(grad, param, alpha=weight_decay, out=scratch.first)
     # sqrt(v / c) is sqrt(v) / sqrt(c): taken out of the denominator, bias correction changes
@@ -127,7 +127,7 @@ def rmsprop_(
 def _lerp_(start: Tensor, end: Tensor, weight: float) -> None:
     if isinstance(weight, Tensor):  # from the nearer end, as torch does
         weight = weight.to(start.dtype)
-        near, way = weight < 0.5, end - start
+        near, way = weight.abs() < 0.5, end - start
         start.copy_(torch.where(near, start, end) + torch.where(near, weight, weight - 1) * way)
     else:
         start.lerp_(end, weight)

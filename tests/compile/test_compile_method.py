@@ -6,7 +6,9 @@ import pickle
 
 import pytest
 import torch
+from cases import TORCH
 from compile_cases import (
+    BACKENDS,
     KWARGS,
     NAMES,
     assert_close,
@@ -16,6 +18,7 @@ from compile_cases import (
     optimizers,
     pairs,
     parameters,
+    params_of,
     skip_interpreted,
 )  # fmt: skip
 from torch._dynamo.utils import counters
@@ -101,3 +104,22 @@ def test_description():
     assert "  eager  " in optimizer.describe()
     optimizer.compile()
     assert "  compiled  " in optimizer.describe()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("weight_decay", [0, -0.0, 1e-60])
+def test_special_numbers(weight_decay, backend):
+    """Without a decay nothing is added, not even 0; with a tiny one, 0 times infinity is."""
+    start = torch.tensor([torch.inf, torch.nan, 1.0, -0.0, 0.0, -0.0])
+    gradient = torch.tensor([1.0, 1.0, torch.inf, -0.0, -0.0, 0.0])
+    kwargs = {"weight_decay": weight_decay, "centered": True, "alpha": 1.7}
+    ours, theirs = optimizers("RMSprop", [torch.nn.Parameter(start)], TORCH, **kwargs)
+    ours.compile(backend=backend)
+    for optimizer in (ours, theirs):
+        params_of(optimizer)[0].grad = gradient.clone()
+        optimizer.step()
+    rows = [(p, *o.state[p].values()) for o in (ours, theirs) for p in params_of(o)]
+    for actual, expected in zip(*rows, strict=True):
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+        known = ~expected.isnan()
+        assert torch.equal(actual.signbit() & known, expected.signbit() & known)
