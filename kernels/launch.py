@@ -58,9 +58,7 @@ class Grid:
         for row in () if capturing else self._recent:
             if row[:2] == (stream, at):
                 return row[2:]
-        rows = self._rows.clone()
-        rows[:, 1] = torch.frombuffer(array("q", at), dtype=torch.int64)
-        table = self._upload(rows)
+        table = self._upload(self._rows, at)
         if capturing:
             return table, self._upload(self.programs)
         if stream not in self._uploaded:
@@ -70,12 +68,12 @@ class Grid:
         self._recent = [row, *self._recent[: RECENT_TABLES - 1]]
         return row[2:]
 
-    def _upload(self, host: Tensor) -> Tensor:
-        """A copy on the device. It may be under way, or captured: torch's allocator keeps what is
-        pinned until it is made, or for as long as the graph lives."""
-        if self.device.type == "cpu":
-            return host
-        pinned = torch.empty_like(host, pin_memory=True).copy_(host)
+    def _upload(self, host: Tensor, at: list[int] | None = None) -> Tensor:
+        """A copy on the device, with the addresses of gradients, if given. It may be under way, or
+        captured: torch's allocator keeps what is pinned until then, or as long as the graph."""
+        pinned = torch.empty_like(host, pin_memory=self.device.type != "cpu").copy_(host)
+        if at is not None:
+            pinned[:, 1] = torch.frombuffer(array("q", at), dtype=torch.int64)
         return pinned.to(self.device, non_blocking=True)
 
     def launch(

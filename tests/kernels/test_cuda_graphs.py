@@ -40,17 +40,22 @@ def optimizer_and_launch(name, **kwargs):
 @interpreted
 @names
 def test_interpreted_capture_reads_nothing(name, capture, monkeypatch):
-    """A value cannot be waited for."""
+    """A value cannot be waited for, nor a copy."""
     optimizer, launch = optimizer_and_launch(name, lr=torch.tensor(0.01))
+    to = torch.Tensor.to
 
     def refuse(*args, **kwargs):
         raise AssertionError("not during a capture")
 
+    def copy_without_waiting(*args, non_blocking=False):
+        return to(*args, non_blocking=True) if non_blocking else refuse()
+
     with monkeypatch.context() as during:
         during.setattr("tritonopt.slab.allocate", refuse)
         during.setattr(torch.cuda, "synchronize", refuse)
-        for method in ("item", "__float__", "__bool__", "tolist", "cpu", "to"):
+        for method in ("item", "__float__", "__bool__", "tolist", "cpu"):
             during.setattr(torch.Tensor, method, refuse)
+        during.setattr(torch.Tensor, "to", copy_without_waiting)
         capture["on"] = True
         ((known, grads),) = optimizer._units.look(None)
         known.plan._count(known.lists[-1], None, None)
@@ -125,14 +130,19 @@ def test_interpreted_replays_equal_eager(name, capture):
     assert all(torch.equal(p, q) for p, q in zip(params, copies, strict=True))
 
 
-@cuda
-@names
-def test_whole_step_in_a_cuda_graph(name):
+def on_cuda(name):
+    """Parameters and copies of them, an optimizer of each, and their common lr."""
     lr = torch.tensor(0.01, device="cuda")
     params = [torch.nn.Parameter(torch.randn(n, device="cuda")) for n in (5, 1500)]
     copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    captured = OURS[name](params, lr=lr, capturable=True)
-    eager = OURS[name](copies, lr=lr, capturable=True)
+    ours, theirs = (OURS[name](ps, lr=lr, capturable=True) for ps in (params, copies))
+    return params, copies, ours, theirs, lr
+
+
+@cuda
+@names
+def test_whole_step_in_a_cuda_graph(name):
+    params, copies, captured, eager, lr = on_cuda(name)
     for p, q in zip(params, copies, strict=True):
         p.grad, q.grad = torch.zeros_like(p), torch.zeros_like(q)
     captured.step(), eager.step()
@@ -152,13 +162,10 @@ def test_whole_step_in_a_cuda_graph(name):
 @cuda
 @names
 def test_what_a_graph_needs_lives_as_long_as_it(name):
-    lr = torch.tensor(0.01, device="cuda")
-    params = [torch.nn.Parameter(torch.randn(n, device="cuda")) for n in (5, 1500)]
-    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    params, copies, captured, eager, _ = on_cuda(name)
     for p, q in zip(params, copies, strict=True):
-        p.grad, q.grad = torch.randn_like(p), torch.empty_like(q)
-        q.grad.copy_(p.grad)
-    captured, eager = (OURS[name](ps, lr=lr, capturable=True) for ps in (params, copies))
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
     captured.step(), eager.step()
     state = {p: dict(entry) for p, entry in captured.state.items()}  # as addresses, the user's care
     graph = torch.cuda.CUDAGraph()
@@ -182,10 +189,7 @@ def test_what_a_graph_needs_lives_as_long_as_it(name):
 @cuda
 @names
 def test_reduce_overhead(name):
-    params = [torch.nn.Parameter(torch.randn(n, device="cuda")) for n in (5, 1500)]
-    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    lr = torch.tensor(0.01, device="cuda")
-    ours, theirs = (OURS[name](ps, lr=lr, capturable=True) for ps in (params, copies))
+    params, copies, ours, theirs, lr = on_cuda(name)
     step = torch.compile(ours.step, mode="reduce-overhead")
     for number in range(100):
         for p, q in zip(params, copies, strict=True):
