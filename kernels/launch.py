@@ -28,8 +28,7 @@ Columns = Sequence[Sequence[Tensor] | None]  # what a kernel writes; None: no su
 
 class Grid:
     """What a kernel reads first: programs (index of a tensor << 32 | index of its block), and a
-    table with a row for each tensor, of numel, its gradient's address and, in each of `columns`,
-    its own."""
+    table with a row for each tensor: numel, the addresses of its gradient and of each column."""
 
     def __init__(self, numels: Sequence[int], columns: Columns, device: torch.device, block: int):
         self.numels, self.device, self.block = numels, device, block
@@ -47,8 +46,7 @@ class Grid:
         self._compiled: dict[Any, Callable[..., None]] = {}
 
     def tables(self, grads: Grads) -> tuple[Tensor, Tensor]:
-        """The table of these gradients (0: there is none), uploaded if an address has changed; and
-        the programs."""
+        """The table, uploaded if a gradient's address has changed (0: has none); the programs."""
         try:
             at = list(map(Tensor.data_ptr, grads))  # type: ignore[arg-type]
         except TypeError:  # of None

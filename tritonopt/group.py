@@ -1,7 +1,7 @@
 """Param groups of the same options: which parameters a plan updates, and why torch the others."""
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import chain, compress
 from operator import is_, itemgetter
 from typing import Any
 
@@ -10,17 +10,13 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _get_capturable_supported_devices
 
+from tritonopt import eligible
 from tritonopt.device import is_capturing, path
-from tritonopt.eligible import (
-    BAD_GRADIENT,
-    is_plain,
-    overlapping,
-    why_not_native,
-    why_not_together,
-)
 from tritonopt.plan import Grads, Lists, Plan
 from tritonopt.scaling import scaled
 from tritonopt.shard import is_sharded, local, same_shards
+from tritonopt.slab import counted
+from tritonopt.span import all_given
 from tritonopt.state import make_state
 
 _CAPTURABLE = _get_capturable_supported_devices()
@@ -83,10 +79,10 @@ class Group:
         self.native: list[Tensor] = []
         rows = ([p, *map((state.get(p) or {}).get, self._keys())] for p in params)
         rows = ([local(t) for t in row if isinstance(t, Tensor)] for row in rows)
-        shared = set() if self.why_torch else overlapping(rows)
+        shared = set() if self.why_torch else eligible.overlapping(rows)
         for index, param in enumerate(params):
             entry, has_gradient = state.get(param), for_a_step and param.grad is not None
-            why = self.why_torch or why_not_native(param)
+            why = self.why_torch or eligible.why_not_native(param)
             missing = [key for key in self._keys() if why is None and entry and key not in entry]
             if has_gradient:
                 grad = local(param.grad)
@@ -125,7 +121,7 @@ class Group:
             like = param.to(param.grad.dtype)  # type: ignore[union-attr]
             like_gradient = self.optimizer._like_gradient
             entry = {key: like if key in like_gradient else param for key in self.rule.used}
-        return why_not_together(param, param.grad, [entry[key] for key in self.rule.used])
+        return eligible.why_not_together(param, param.grad, [entry[key] for key in self.rule.used])
 
     def make_state(self, params: Sequence[Tensor]) -> None:
         optimizer = self.optimizer
@@ -138,13 +134,14 @@ class Group:
         params, state = list(self.current()), self.optimizer.state
         self.entries = list(map(state.get, params))
         self._left = _looks(self.fallback)
-        self.provisional = any(why == BAD_GRADIENT for _, why in self.fallback)
+        self.provisional = any(why == eligible.BAD_GRADIENT for _, why in self.fallback)
         self.provisional |= bool(self.fallback and self.beyond_torch)
         self.sharded = any(map(is_sharded, self.native))
         self._native_entries = [state[param] for param in self.native]
         keys = (*self.rule.state, "step")
         self._getters = [itemgetter(key) if key in self._keys() else None for key in keys]
         self.lists, grads = self._gather()
+        self._counted: Any = (), ()  # what was updated last, and all its version counters
         if self.native:
             self.plan = Plan(self.rule, self.lists, grads, self.optimizer._sweep)
         self.params = params
@@ -205,9 +202,24 @@ class Group:
                 )
         if self.plan is not None:
             self.plan(self.lists, grads, self.hyper, factor, skip)
+            self._mark_written(grads)
         if self.sharded:  # DTensors have versions of their own
             given = [param for param in self.native if param.grad is not None]
             torch.autograd.graph.increment_version(given)
+
+    def _mark_written(self, grads: Grads) -> None:
+        """A later backward must notice."""
+        columns: Any = self.lists
+        if not all_given(grads):
+            given = [grad is not None for grad in grads]
+            columns = [compress(column, given) for column in columns]
+        else:
+            state = [*chain.from_iterable(columns[1:])]
+            known, _ = self._counted
+            if len(state) != len(known) or not all(map(is_, state, known)):
+                self._counted = state, counted(state)
+            columns = columns[0], self._counted[1]
+        torch.autograd.graph.increment_version([*chain.from_iterable(columns)])
 
     def in_kernels(self) -> bool:
         """Whether kernels alone update the parameters."""
@@ -217,14 +229,14 @@ class Group:
     def expected(self) -> list[tuple[Tensor, str | None]]:
         """Parameters that have no state yet, and why torch will update them, if it will."""
         real = (p for p in self.waiting if not is_lazy(p) and not p.is_meta and p.requires_grad)
-        return [(param, self.why_torch or why_not_native(param)) for param in real]
+        return [(param, self.why_torch or eligible.why_not_native(param)) for param in real]
 
 
 def _looks(fallback: list[tuple[Tensor, str]]) -> list[tuple[Any, ...]]:
     """What parameters that are left to torch are, and where: other ones may be left to it then."""
     return [
         (p.dtype, p.device, p.size(), p.stride(), p.data_ptr())
-        if is_plain(p) and not p.is_meta
+        if eligible.is_plain(p) and not p.is_meta
         else (type(p), p.dtype, p.device)
         for p, _ in fallback
     ]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from itertools import chain, compress, pairwise
+from itertools import chain, pairwise
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -42,8 +42,7 @@ class Part(NamedTuple):
 Grads = Sequence[Tensor | None]
 
 Lists = Sequence[Sequence[Tensor]]
-"""What a step writes: parameters, each state in the order of the rule, counts of steps. A list that
-is not used is empty."""
+"""What a step writes: parameters, each state in the rule's order or an empty list, step counts."""
 
 
 class Plan:
@@ -158,11 +157,6 @@ class Plan:
                 step = {"step": float(lists[-1][index])} if self.rule.takes_step else {}
                 tensors = [self.params[index], *(c and c[index] for c in self.columns)]
                 apply(self.rule.eager, grad, tensors, Scratch(), {**hyper, **step})
-        # A later backward must notice. What was looked at last is in the processor's cache.
-        changed: Any = reversed(lists)
-        if given is not None:
-            changed = [compress(column, given) for column in lists]
-        torch.autograd.graph.increment_version(list(chain.from_iterable(changed)))
 
     def _count(self, steps: Sequence[Tensor], given: Any, skip: Tensor | None) -> None:
         """Adds 1 to the step of every parameter that has a gradient; None: all have."""
@@ -182,7 +176,7 @@ class Plan:
 def _one(step: Tensor, skip: Tensor | None) -> Any:
     if skip is not None:
         return (skip == 0).to(step)
-    return number(1.0) if step.is_cpu and step.is_floating_point() else 1
+    return number(1.0, step.dtype) if step.is_cpu else 1
 
 
 def _common(steps: Sequence[Tensor]) -> float | Tensor:

@@ -34,8 +34,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     Args:
         params: tensors, ``(name, tensor)`` pairs, or dicts that define param groups. Any shape and
             strides; float16, bfloat16, float32 and float64 take the fast paths.
-        lr: learning rate :math:`\gamma`; a float, or a tensor with one element, which a kernel
-            reads on the device.
+        lr: learning rate :math:`\gamma`; a float, or a tensor with one element.
         alpha: smoothing constant of the squared gradient's running average.
         eps: added to the denominator after the square root.
         weight_decay: L2 penalty :math:`\lambda`.
@@ -60,15 +59,13 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         initial_scale: what ``square_avg`` starts from.
         nesterov: the step has :math:`\mu b_t` plus the last summand of :math:`b_t` for it.
         bias_correction: :math:`v_t` and the running mean of the gradient are divided by
-            :math:`1 - \alpha^t`, where :math:`t` counts the steps of the parameter. With
-            ``centered``, too, the first step divides by ``eps`` alone: one gradient has no
-            variance.
+            :math:`1 - \alpha^t`, where :math:`t` counts the parameter's steps. If ``centered``,
+            the first one divides by ``eps`` alone: one gradient has no variance.
         decoupled_weight_decay: :math:`\theta` is multiplied by :math:`1 - \gamma \lambda` before
             the update, and the gradient left as it is.
 
-    In this list, options from ``fused_amp`` on are not torch's; from ``eps_in_sqrt`` on they change
-    the rule, and raise where only torch's code can step. A checkpoint without them leaves them as
-    they were given.
+    Options from ``fused_amp`` on are not torch's; from ``eps_in_sqrt`` on they change the rule, and
+    raise where only torch's code can step. A checkpoint without them leaves them as they are.
 
     State is made, as in torch, at the first step at which a parameter has a gradient: ``step`` (a
     float32 scalar), and of the parameter's shape and dtype ``square_avg``, ``momentum_buffer`` if

@@ -42,8 +42,7 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         capturable, foreach, maximize, differentiable, fused_amp, max_grad_norm: as of
             :class:`tritonopt.RMSprop`.
         variant: what happens to an element whose gradient changes its sign, besides that its step
-            size shrinks. All but the first are not in torch: with them, what only torch can do
-            raises.
+            size shrinks. Torch has only the first: the others raise where only its code can step.
 
             - ``"irprop-"``, torch's: it stays put for one step (Igel & Hüsken 2000).
             - ``"rprop-"``: it takes the smaller step (Riedmiller 1994).

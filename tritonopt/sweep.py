@@ -138,16 +138,9 @@ class _Thread(threading.local):
     """Memory for intermediate results: of the process, one for each thread and dtype."""
 
     def __init__(self) -> None:
-        @cache
-        @torch.inference_mode(False)
-        def memory(dtype: torch.dtype) -> Tensor:
-            return torch.empty(2, PIECE, dtype=dtype, device="cpu")
-
-        @lru_cache(RECENT_ROOMS)
-        def scratch(numel: int, dtype: torch.dtype) -> Scratch:
-            return Scratch(*memory(dtype)[:, :numel])
-
-        self.scratch = scratch
+        empty = torch.inference_mode(False)(torch.empty)
+        memory = cache(lambda dtype: empty(2, PIECE, dtype=dtype, device="cpu"))
+        self.scratch = lru_cache(RECENT_ROOMS)(lambda n, dtype: Scratch(*memory(dtype)[:, :n]))
 
 
 _thread = _Thread()

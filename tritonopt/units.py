@@ -65,10 +65,7 @@ class Units:
         names = {*optimizer.defaults, *optimizer._options, *optimizer._names}
         values = [list(map(group.get, names)) for group in groups]
         fixed = all(_is_fixed(value) for row in values for value in row)
-        firsts = [
-            index for index in range(len(groups))
-            if index == 0 or not fixed or values[index] != values[index - 1]
-        ]  # fmt: skip
+        firsts = [i for i, v in enumerate(values) if not i or not fixed or v != values[i - 1]]
         made = {}
         for place in zip(firsts, [*firsts[1:], len(groups)], strict=False):
             group = Group(optimizer, groups[slice(*place)])

@@ -113,6 +113,41 @@ def test_a_backward_after_the_step_notices(name, device):
         ours.zero_grad()
 
 
+def use_again(optimizer):
+    """Other tensors of the same memory, which have version counters of their own."""
+    for entry in optimizer.state.values():
+        entry.update({key: tensor.data for key, tensor in entry.items()})
+
+
+ORIGINS = {
+    "made": lambda optimizer: None,
+    "loaded": lambda optimizer: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+    "used again": use_again,
+}
+
+
+@pytest.mark.parametrize("origin", ORIGINS)
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_backward_notices_that_state_was_written(name, device, origin, compiled):
+    params, ours, *_ = both(name, device)
+    if compiled:
+        ours.compile()
+    give_gradients(params, params)
+    ours.step()
+    ours.step()
+    ORIGINS[origin](ours)
+    weight = torch.ones((), device=device, requires_grad=True)
+    for without_gradient in (None, None, params[1]):
+        entries = [ours.state[p] for p in params if p is not without_gradient]
+        losses = [(weight * t).sum() for entry in entries for t in entry.values()]
+        if without_gradient is not None:
+            without_gradient.grad = None
+        ours.step()
+        for loss in losses:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+
+
 def test_a_backward_through_a_skipped_parameter_does_not(name):
     params, ours, *_ = both(name)
     for _ in range(3):

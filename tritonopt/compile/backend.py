@@ -33,13 +33,9 @@ _left: WeakKeyDictionary[TracingContext, list[str]] = WeakKeyDictionary()  # and
 
 
 def tritonopt(
-    module: GraphModule,
-    inputs: Sequence[Any],
-    *,
-    mode: str | None = None,
-    options: dict[str, Any] | None = None,
-    report: Callable[[str], None] | None = None,
-) -> Callable[..., Any]:
+    module: GraphModule, inputs: Sequence[Any], *, mode: str | None = None,
+    options: dict[str, Any] | None = None, report: Callable[[str], None] | None = None,
+) -> Callable[..., Any]:  # fmt: skip
     """Compiles a graph of dynamo, and hands a text about it to `report`.
 
     Not called by users, but by `torch.compile(fn, backend="tritonopt", mode=..., options=...)`.
