@@ -74,13 +74,11 @@ def allocate(
     slab = torch.zeros(end, dtype=dtype, device=device)
     if start:
         slab.fill_(start)
-    pieces = []
-    for tensor, offset in zip(like, offsets, strict=True):
+    pieces = [Tensor._make_subclass(Tensor, slab) for _ in like]
+    for tensor, offset, piece in zip(like, offsets, pieces, strict=True):
         view = slab.as_strided(tensor.size(), tensor.stride(), offset)
-        piece = Tensor._make_subclass(Tensor, slab)
         piece.data = torch.from_dlpack(torch.utils.dlpack.to_dlpack(view))
         piece.untyped_storage().tritonopt_slab = slab  # type: ignore[attr-defined]
-        pieces.append(piece)
     return pieces
 
 
