@@ -36,7 +36,7 @@ class Scratch:
 
     def sqrt(self, x: Tensor) -> Tensor:
         """The square root, in the second, which may be `x` itself."""
-        if not self.chunks or self.second is None:
+        if not self.chunks or self.second is None or torch.get_num_threads() == 1:
             return torch.sqrt(x, out=self.second)
         self.second.copy_(x)
         torch._foreach_sqrt_(self.chunks)

@@ -204,8 +204,7 @@ class Group:
             self.plan(self.lists, grads, self.hyper, factor, skip)
             self._mark_written(grads)
         if self.sharded:  # DTensors have versions of their own
-            given = [param for param in self.native if param.grad is not None]
-            torch.autograd.graph.increment_version(given)
+            torch.autograd.graph.increment_version([p for p in self.native if p.grad is not None])
 
     def _mark_written(self, grads: Grads) -> None:
         """A later backward must notice."""

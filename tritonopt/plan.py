@@ -40,7 +40,6 @@ class Part(NamedTuple):
 
 
 Grads = Sequence[Tensor | None]
-
 Lists = Sequence[Sequence[Tensor]]
 """What a step writes: parameters, each state in the rule's order or an empty list, step counts."""
 
@@ -121,7 +120,11 @@ class Plan:
 
     def fitted(self, grads: Grads) -> Grads | None:
         """The gradients as the updates need them; None if the plan is not for such ones."""
-        if self.expects is not None and self.expects(*grads):
+        filled = grads  # a parameter looks as its gradient does, mostly
+        if not all_given(grads):
+            pairs = zip(self.params, grads, strict=True)
+            filled = [param if grad is None else grad for param, grad in pairs]
+        if self.expects is not None and self.expects(*filled):
             return grads
         fitted: list[Tensor | None] = []
         for param, grad, dtype in zip(self.params, grads, self.grad_dtypes, strict=True):
@@ -131,8 +134,8 @@ class Plan:
                 if not same_layout(grad, param) or grad.is_neg() or grad._is_zerotensor():
                     grad = torch.empty_like(param, dtype=dtype).copy_(grad)
             fitted.append(grad)
-        if all_given(grads) and all(map(is_, fitted, grads)):
-            self.expects = guard(grads)  # type: ignore[arg-type]
+        if all(map(is_, fitted, grads)):
+            self.expects = guard(filled)  # type: ignore[arg-type]
         return fitted
 
     def __call__(
@@ -141,8 +144,6 @@ class Plan:
     ) -> None:  # fmt: skip
         """Updates what has a gradient, which counts `factor` times, unless `skip` is not 0."""
         given = None if all_given(grads) else [grad is not None or None for grad in grads]
-        if given is not None and not any(given):
-            return
         self._count(lists[-1], given, skip)
         for part in self.parts:
             own = grads
@@ -161,10 +162,14 @@ class Plan:
     def _count(self, steps: Sequence[Tensor], given: Any, skip: Tensor | None) -> None:
         """Adds 1 to the step of every parameter that has a gradient; None: all have."""
         for span in self.joined:
-            indices = range(span.first, span.first + len(span))
+            flat, indices = span.flats[0], range(span.first, span.first + len(span))
+            if given is not None and flat.is_cpu:
+                counts = [float(given[index] or 0) for index in indices]
+                flat.add_(torch.tensor(counts, dtype=flat.dtype, device="cpu") * _one(flat, skip))
+                continue
             for some in stretches(indices, given):
                 (part,) = span.part(some)
-                part.add_(_one(part, skip))  # type: ignore[union-attr,arg-type]
+                part.add_(_one(part, skip))
         lone = [steps[i] for i in self.lone if given is None or given[i]]
         if len(lone) > 2 and self.alike:
             torch._foreach_add_(lone, _one(lone[0], skip))

@@ -144,8 +144,7 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         try:
             return float(loss.detach() if isinstance(loss, Tensor) else loss)
         except (TypeError, ValueError, RuntimeError) as error:
-            what = "variant='irprop+' needs the loss as one number: step(closure) returned "
-            raise ValueError(what + repr(loss)) from error
+            raise ValueError(f"variant='irprop+' needs the loss as a number: {loss!r}") from error
 
     def _see_loss(self, value: float) -> None:
         for found in self._units.groups.values():

@@ -223,7 +223,7 @@ def test_compiled_what_is_written_shares_memory_with_nothing_else(what):
             [], [], [], lr=shared[0] if what == "lr" else lr,
         )  # fmt: skip
 
-    with pytest.raises(Exception, match="may share memory with nothing else"):
+    with pytest.raises(Exception, match="may share memory with no other input"):
         torch.compile(step, backend="aot_eager")(torch.ones(13))
 
 

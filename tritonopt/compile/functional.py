@@ -57,8 +57,7 @@ def _check_aliases(lists: Sequence[list[Tensor]], hyper: dict[str, Any]) -> None
     beside = [[*owners.get(x.untyped_storage()._cdata, []), x] for x in read]
     if any(map(compute_overlapping_tensors, [*owners.values(), *beside])):
         raise NotImplementedError(
-            "tritonopt: in a compiled graph, what an op writes may share memory with nothing else "
-            "that it takes"
+            "tritonopt: in a compiled graph, what an op writes may share memory with no other input"
         )
 
 
