@@ -1,7 +1,7 @@
 """Param groups of the same options: which parameters a plan updates, and why torch the others."""
 
 from collections.abc import Mapping, Sequence
-from itertools import chain, compress
+from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
 
@@ -15,8 +15,6 @@ from tritonopt.device import is_capturing, path
 from tritonopt.plan import Grads, Lists, Plan
 from tritonopt.scaling import scaled
 from tritonopt.shard import is_sharded, local, same_shards
-from tritonopt.slab import counted
-from tritonopt.span import all_given
 from tritonopt.state import make_state
 
 _CAPTURABLE = _get_capturable_supported_devices()
@@ -141,7 +139,6 @@ class Group:
         keys = (*self.rule.state, "step")
         self._getters = [itemgetter(key) if key in self._keys() else None for key in keys]
         self.lists, grads = self._gather()
-        self._counted: Any = (), ()  # what was updated last, and all its version counters
         if self.native:
             self.plan = Plan(self.rule, self.lists, grads, self.optimizer._sweep)
         self.params = params
@@ -202,23 +199,10 @@ class Group:
                 )
         if self.plan is not None:
             self.plan(self.lists, grads, self.hyper, factor, skip)
-            self._mark_written(grads)
         if self.sharded:  # DTensors have versions of their own
-            torch.autograd.graph.increment_version([p for p in self.native if p.grad is not None])
-
-    def _mark_written(self, grads: Grads) -> None:
-        """A later backward must notice."""
-        columns: Any = self.lists
-        if not all_given(grads):
-            given = [grad is not None for grad in grads]
-            columns = [compress(column, given) for column in columns]
-        else:
-            state = [*chain.from_iterable(columns[1:])]
-            known, _ = self._counted
-            if len(state) != len(known) or not all(map(is_, state, known)):
-                self._counted = state, counted(state)
-            columns = columns[0], self._counted[1]
-        torch.autograd.graph.increment_version([*chain.from_iterable(columns)])
+            pairs = zip(self.native, self._native_entries, strict=True)
+            rows = [(p, *map(entry.get, self._keys())) for p, entry in pairs if p.grad is not None]
+            torch.autograd.graph.increment_version([*chain.from_iterable(rows)])
 
     def in_kernels(self) -> bool:
         """Whether kernels alone update the parameters."""

@@ -34,7 +34,6 @@ Raises:
 import re
 import weakref
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -96,7 +95,6 @@ def _update(name: str, defaults: dict[str, Any], *given: list[Tensor], **options
         recent[:] = [row for row in recent if _is_current(*row)][: RECENT_PLANS - 1]
         recent.insert(0, (plan, [[*map(weakref.ref, column)] for column in lists]))
     plan(lists, fitted, hyper)
-    torch.autograd.graph.increment_version([*chain.from_iterable(lists)])  # a backward must notice
 
 
 def _rule(name: str, lists: Lists, grads: list[Tensor], hyper: dict[str, Any]) -> Rule:

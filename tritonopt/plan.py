@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from itertools import chain, pairwise
+from itertools import chain, compress, pairwise
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -158,6 +158,11 @@ class Plan:
                 step = {"step": float(lists[-1][index])} if self.rule.takes_step else {}
                 tensors = [self.params[index], *(c and c[index] for c in self.columns)]
                 apply(self.rule.eager, grad, tensors, Scratch(), {**hyper, **step})
+        # A later backward must notice. What was looked at last is in the processor's cache.
+        changed: Any = reversed(lists)
+        if given is not None:
+            changed = [compress(column, given) for column in lists]
+        torch.autograd.graph.increment_version([*chain.from_iterable(changed)])
 
     def _count(self, steps: Sequence[Tensor], given: Any, skip: Tensor | None) -> None:
         """Adds 1 to the step of every parameter that has a gradient; None: all have."""
@@ -181,7 +186,7 @@ class Plan:
 def _one(step: Tensor, skip: Tensor | None) -> Any:
     if skip is not None:
         return (skip == 0).to(step)
-    return number(1.0, step.dtype) if step.is_cpu else 1
+    return number(1.0, step.dtype) if step.is_cpu and step.is_floating_point() else 1
 
 
 def _common(steps: Sequence[Tensor]) -> float | Tensor:

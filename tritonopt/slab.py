@@ -7,8 +7,7 @@ time. The storage of a piece knows its slab, so that a tensor is asked where it 
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from itertools import chain, compress
-from operator import eq
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -61,8 +60,7 @@ def allocate(
     """Tensors of the shapes and strides of `like`, filled with `start`, side by side in one slab.
 
     Every piece has a storage of its own and of its own size, so that saving, resizing or sharing
-    one concerns no other. It keeps the slab alive, and shares its version counter, as views do:
-    a thousand counters would cost a step as much as all addresses that it looks at.
+    one concerns no other. It keeps the slab alive.
     """
     if len(like) < 2 or device.type not in HAVE_DLPACK:  # nothing lies beside it
         return [torch.full_like(t, start, dtype=dtype, device=device) for t in like]
@@ -74,24 +72,13 @@ def allocate(
     slab = torch.zeros(end, dtype=dtype, device=device)
     if start:
         slab.fill_(start)
-    pieces = [Tensor._make_subclass(Tensor, slab) for _ in like]
-    for tensor, offset, piece in zip(like, offsets, pieces, strict=True):
+    pieces = []
+    for tensor, offset in zip(like, offsets, strict=True):
         view = slab.as_strided(tensor.size(), tensor.stride(), offset)
-        piece.data = torch.from_dlpack(torch.utils.dlpack.to_dlpack(view))
+        piece = torch.from_dlpack(torch.utils.dlpack.to_dlpack(view))
         piece.untyped_storage().tritonopt_slab = slab  # type: ignore[attr-defined]
+        pieces.append(piece)
     return pieces
-
-
-def counted(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors that have every version counter of the given ones, few of them twice."""
-
-    def versions() -> list[int]:
-        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
-
-    before = versions()
-    slabs = {id(slab): slab for slab in map(find, tensors) if slab is not None}.values()
-    torch.autograd.graph.increment_version(slabs)  # a loaded piece has a counter of its own
-    return [*slabs, *compress(tensors, map(eq, before, versions()))]
 
 
 def batches(tensors: Iterable[Tensor], kind: Callable[[Tensor], object]) -> list[list[Tensor]]:
