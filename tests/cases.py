@@ -107,6 +107,13 @@ def give_gradients(params: list[Any], copies: list[Any], missing: Any = ()) -> N
             copy.grad = param.grad.detach().clone()
 
 
+def take_steps(model: Any, optimizer: Any, count: int) -> None:
+    for _ in range(count):
+        optimizer.zero_grad()
+        model(torch.ones(1, 4)).sum().backward()
+        optimizer.step()
+
+
 def assert_same(ours: Any, theirs: Any, params: list[Any], copies: list[Any]) -> None:
     """Parameters and every state key equal to the last bit."""
     for index, (param, copy) in enumerate(zip(params, copies, strict=True)):
