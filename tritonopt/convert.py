@@ -1,7 +1,9 @@
 """Turns torch's optimizers into ours where they stand."""
 
+from typing import Any
+
 import torch
-from torch.optim import lr_scheduler
+from torch.optim import Optimizer, lr_scheduler
 
 from tritonopt.rmsprop import RMSprop
 from tritonopt.rprop import Rprop
@@ -9,7 +11,7 @@ from tritonopt.rprop import Rprop
 OURS: dict[type, type[RMSprop | Rprop]] = {torch.optim.RMSprop: RMSprop, torch.optim.Rprop: Rprop}
 
 
-def from_torch(optimizer: torch.optim.Optimizer) -> RMSprop | Rprop:
+def from_torch(optimizer: Optimizer, compile: bool | dict[str, Any] = False) -> RMSprop | Rprop:
     """Turns a `torch.optim.RMSprop` or `Rprop` into ours, in the middle of a training or before.
 
     The object stays the same one, for schedulers and whoever else holds it; param groups, state and
@@ -17,6 +19,7 @@ def from_torch(optimizer: torch.optim.Optimizer) -> RMSprop | Rprop:
 
     Args:
         optimizer: of exactly one of these two classes; it is returned. One of ours is as it was.
+        compile: as of :class:`tritonopt.RMSprop`.
 
     Raises:
         TypeError: it is of another class (a subclass may do something else), or its `step` was
@@ -40,5 +43,5 @@ def from_torch(optimizer: torch.optim.Optimizer) -> RMSprop | Rprop:
     optimizer.__class__ = OURS[type(optimizer)]
     assert isinstance(optimizer, (RMSprop, Rprop))
     optimizer._patch_step_function()  # hooks and profiler names, once per class
-    optimizer._begin(optimizer._options)
+    optimizer._begin(optimizer._options, compile)
     return optimizer

@@ -15,12 +15,17 @@ class FusedOptimizers(Callback):
 
     Neither the module nor its `configure_optimizers` changes; param groups, state, schedulers and
     the format of checkpoints stay. Other optimizers, and those wrapped by a strategy, do, too.
+    `compile` is that of :class:`tritonopt.RMSprop`.
 
     Example:
         >>> trainer = lightning.Trainer(callbacks=[tritonopt.lightning.FusedOptimizers()])
     """
 
+    def __init__(self, compile: bool | dict[str, Any] = False) -> None:
+        self.compile = compile
+
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Assigned, so that the strategy's wrappers, which imitate the optimizers' classes, follow.
         found = trainer.strategy.optimizers
-        trainer.strategy.optimizers = [from_torch(o) if type(o) in OURS else o for o in found]
+        made = [from_torch(o, self.compile) if type(o) in OURS else o for o in found]
+        trainer.strategy.optimizers = made

@@ -55,6 +55,7 @@ overlapping, subclasses) are updated one by one, in their own shape, by the eage
 `update_by_torch` says how. With `takes_step` of `Rule` the rule takes `step`, too.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any
@@ -86,7 +87,8 @@ class FusedOptimizer(RuleOptimizer):
 
     def __init__(
         self, params: Any, *args: Any, options: dict[str, Any] | None = None,
-        fused_amp: bool = False, max_grad_norm: float | None = None, **kwargs: Any,
+        fused_amp: bool = False, max_grad_norm: float | None = None,
+        compile: bool | dict[str, Any] = False, **kwargs: Any,
     ) -> None:  # fmt: skip
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
@@ -97,7 +99,7 @@ class FusedOptimizer(RuleOptimizer):
         super().__init__(params, *args, **kwargs)
         if fused_amp and self.defaults.get("differentiable", False):
             raise RuntimeError("`fused_amp` does not support `differentiable`")
-        self._begin(options or {})
+        self._begin(options or {}, compile)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -188,7 +190,7 @@ class FusedOptimizer(RuleOptimizer):
         parameters, and one of large ones. Numbers that change compile nothing anew, but a momentum
         that becomes 0. On an accelerator a step is one kernel anyway. Results equal eager ones up
         to rounding. It survives checkpoints, copies, pickling and moved parameters, and does not
-        count against dynamo's recompilation limit.
+        count against dynamo's recompilation limit. Where a CPU lacks a C++ compiler, it only warns.
 
         Args:
             kwargs: of :func:`torch.compile`; ``dynamic=True`` unless given. Loops over 2^15
@@ -199,10 +201,14 @@ class FusedOptimizer(RuleOptimizer):
             >>> optimizer.compile()
             >>> optimizer.step()
         """
-        from tritonopt.compile.fused import CompiledSweep
+        from tritonopt.compile.fused import CompiledSweep, has_compiler
 
         torch.compile(lambda: None, **kwargs)  # raises where an option is wrong
         self._compile_kwargs = kwargs
+        on_cpu = any(param.is_cpu for group in self.param_groups for param in group["params"])
+        if on_cpu and not has_compiler(kwargs.get("backend", "inductor")):
+            warnings.warn("steps are eager: install a C++ compiler or name it in CXX", stacklevel=2)
+            return
         self._sweep = partial(CompiledSweep, **kwargs)
         self._units.forget()
 

@@ -172,8 +172,7 @@ class Plan:
                 counts = [float(given[index] or 0) for index in indices]
                 flat.add_(torch.tensor(counts, dtype=flat.dtype, device="cpu") * _one(flat, skip))
                 continue
-            for some in stretches(indices, given):
-                (part,) = span.part(some)
+            for (part,) in map(span.part, stretches(indices, given)):
                 part.add_(_one(part, skip))
         lone = [steps[i] for i in self.lone if given is None or given[i]]
         if len(lone) > 2 and self.alike:

@@ -47,12 +47,12 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         differentiable: let autograd run through :meth:`step`; selects torch's own implementation.
         fused_amp: let :class:`torch.amp.GradScaler` hand over its scale and whether gradients are
             infinite, instead of writing the gradients. A step with infinite ones leaves no trace.
-            No step waits for the device but the one that makes state. Lightning refuses gradient
-            clipping of its own then.
+            Only the step that makes state waits for the device. Lightning does not clip then.
         max_grad_norm: the step counts gradients as if they had first been clipped to this 2-norm
             over all param groups, without writing them. From the first step that is not skipped
             on, :attr:`grad_norm` is a tensor with the norm before: of all ranks under FSDP2, of
             this rank's parameters under FSDP1 and ZeRO.
+        compile: True, or a dict of arguments: calls :meth:`compile` with them.
         eps_in_sqrt: the denominator is :math:`\sqrt{v_t + \epsilon}`.
         lr_in_momentum: :math:`b_t = \mu b_{t-1} + \gamma g_t / (\sqrt{v_t} + \epsilon)` and
             :math:`\theta_t = \theta_{t-1} - b_t`: a new ``lr`` leaves earlier updates as they were.
@@ -67,9 +67,9 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     Options from ``fused_amp`` on are not torch's; from ``eps_in_sqrt`` on they change the rule, and
     raise where only torch's code can step. A checkpoint without them leaves them as they are.
 
-    State is made, as in torch, at the first step at which a parameter has a gradient: ``step`` (a
-    float32 scalar), and of the parameter's shape and dtype ``square_avg``, ``momentum_buffer`` if
-    ``momentum`` is positive, ``grad_avg`` if ``centered``.
+    As in torch, a parameter gets state at the first step at which it has a gradient: ``step`` (a
+    float32 scalar), and of its shape and dtype ``square_avg``, ``momentum_buffer`` if ``momentum``
+    is positive, ``grad_avg`` if ``centered``.
 
     Raises:
         ValueError: a hyperparameter is negative, a tensor ``lr`` has several elements, ``nesterov``
@@ -100,7 +100,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         differentiable: bool = False, *, eps_in_sqrt: bool = False, lr_in_momentum: bool = False,
         initial_scale: float = 0.0, nesterov: bool = False, bias_correction: bool = False,
         decoupled_weight_decay: bool = False, fused_amp: bool = False,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | None = None, compile: bool | dict[str, Any] = False,
     ) -> None:  # fmt: skip
         options = dict(
             eps_in_sqrt=eps_in_sqrt, lr_in_momentum=lr_in_momentum, initial_scale=initial_scale,
@@ -110,7 +110,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         super().__init__(
             params, lr, alpha, eps, weight_decay, momentum, centered,
             capturable, foreach, maximize, differentiable, options=options,
-            fused_amp=fused_amp, max_grad_norm=max_grad_norm,
+            fused_amp=fused_amp, max_grad_norm=max_grad_norm, compile=compile,
         )  # fmt: skip
 
     def rule(self, group: dict[str, Any]) -> Rule:

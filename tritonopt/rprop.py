@@ -39,7 +39,7 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
             torch. A float, or a tensor with one element.
         etas: factors ``(etaminus, etaplus)`` by which a step size shrinks and grows.
         step_sizes: the least and the greatest step size, in units of the parameter.
-        capturable, foreach, maximize, differentiable, fused_amp, max_grad_norm: as of
+        capturable, foreach, maximize, differentiable, fused_amp, max_grad_norm, compile: as of
             :class:`tritonopt.RMSprop`.
         variant: what happens to an element whose gradient changes its sign, besides that its step
             size shrinks. Torch has only the first: the others raise where only its code can step.
@@ -86,12 +86,13 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         step_sizes: tuple[float, float] = (1e-6, 50), *, capturable: bool = False,
         foreach: bool | None = None, maximize: bool = False, differentiable: bool = False,
         variant: str = "irprop-", fused_amp: bool = False, max_grad_norm: float | None = None,
+        compile: bool | dict[str, Any] = False,
     ) -> None:  # fmt: skip
         super().__init__(
             params, lr, etas, step_sizes,
             capturable=capturable, foreach=foreach, maximize=maximize,
             differentiable=differentiable, options={"variant": variant},
-            fused_amp=fused_amp, max_grad_norm=max_grad_norm,
+            fused_amp=fused_amp, max_grad_norm=max_grad_norm, compile=compile,
         )  # fmt: skip
 
     def rule(self, group: dict[str, Any]) -> Rule:

@@ -103,7 +103,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _has_fused_amp(self) -> bool:
         return getattr(self, "_step_supports_amp_scaling", False)
 
-    def _begin(self, options: dict[str, Any]) -> None:
+    def _begin(self, options: dict[str, Any], compile: bool | dict[str, Any]) -> None:
         # Groups hold an option only where it is in force: a distributed checkpoint must have every
         # key of a group, and one of torch's optimizer has torch's keys.
         options = {name: v for name, v in options.items() if v != self._options[name]}
@@ -115,6 +115,8 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._check(group)
         self._units = Units(self)
         self._pack(self.param_groups)
+        if compile is not False:
+            self.compile(**({} if compile is True else compile))  # type: ignore[attr-defined]
 
     def _pack(self, groups: Sequence[dict[str, Any]]) -> None:
         self._units.packed = False  # what lies on a CPU is packed at the next step

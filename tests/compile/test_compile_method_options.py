@@ -1,10 +1,12 @@
 """`optimizer.compile()` takes what `torch.compile` takes, and raises what it raises."""
 
 import copy
+import pickle
 import re
 
 import pytest
 import torch
+from cases import OURS, TORCH
 from compile_cases import (
     assert_close,
     fresh,
@@ -13,7 +15,10 @@ from compile_cases import (
     parameters,
     skip_interpreted,
 )  # fmt: skip
+from torch._inductor import config as inductor_config
 from torch._inductor.utils import run_and_get_code
+
+import tritonopt
 
 __all__ = ["fresh"]  # an autouse fixture
 pytestmark = skip_interpreted
@@ -64,3 +69,37 @@ def test_wrong_options_raise_what_torch_raises(kwargs):
         ours.compile(**kwargs)
     torch.testing.assert_close(ours.param_groups[0]["params"], before, rtol=0, atol=0)
     ours.step()  # as before
+
+
+@pytest.mark.parametrize("compile", [True, {"backend": "aot_eager"}])
+def test_the_constructors_option(compile):
+    """It is kept by copies, pickles and checkpoints, and of a dict is what compiles."""
+    seen = []
+    for make in (lambda p, **k: OURS["Rprop"](p, **k), from_stock):
+        params = [torch.nn.Parameter(torch.ones(40)) for _ in range(2)]
+        optimizer = make(params, compile=compile)
+        copies = [optimizer, copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))]
+        copies[0].load_state_dict(OURS["Rprop"](params).state_dict())
+        for each in copies:
+            assert "compiled" in each.describe()
+            seen.append(each._sweep.keywords)
+    assert all(kwargs == ({} if compile is True else compile) for kwargs in seen)
+
+
+def from_stock(params, **kwargs):
+    return tritonopt.from_torch(TORCH["Rprop"](params), **kwargs)
+
+
+@inductor_config.patch({"cpp.cxx": ("no-such-compiler",)})
+def test_without_a_compiler():
+    """A warning says what to install, and steps are taken eagerly; other backends need none."""
+    param, twin = (torch.nn.Parameter(torch.ones(40)) for _ in range(2))
+    with pytest.warns(UserWarning, match="install a C\\+\\+ compiler"):
+        ours = OURS["RMSprop"]([param], compile=True)
+    theirs = TORCH["RMSprop"]([twin], foreach=False)
+    for p in (param, twin):
+        p.grad = torch.full((40,), 0.3)
+    for optimizer in (ours, theirs):
+        optimizer.step()
+    assert torch.equal(param, twin) and "eager" in ours.describe()
+    assert "compiled" in OURS["RMSprop"]([param], compile={"backend": "aot_eager"}).describe()

@@ -190,6 +190,17 @@ def test_resumed(name, first, then, kind):
 
 
 @eager
+@pytest.mark.parametrize("compile", [False, True, {"backend": "aot_eager"}])
+def test_the_callback_compiles(compile, monkeypatch):
+    calls = []
+    monkeypatch.setattr(OURS["Rprop"], "compile", lambda self, **kwargs: calls.append(kwargs))
+    callback = FusedOptimizers(compile)
+    trainer = lightning.Trainer(**{**QUIET, "max_epochs": 1, "callbacks": [callback]})
+    trainer.fit(Module(TORCH["Rprop"]), loader())
+    assert calls == ([] if compile is False else [{} if compile is True else compile])
+
+
+@eager
 def test_clipping_by_lightning_and_by_the_step_are_not_mixed():
     """Its message is Lightning's; our own clipping takes its place."""
 

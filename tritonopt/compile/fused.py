@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch._dynamo import eval_frame, lookup_backend
 from torch._inductor import config
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
 from torch.backends.cpu import get_cpu_capability
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
@@ -25,6 +27,14 @@ SERIAL_LOOP, PARALLEL_LOOP = {"cpp.threads": 1}, {"cpp.dynamic_threads": True}
 """Of Inductor, which lets the first size that it compiles for decide for all, on disk even."""
 
 _graphs: dict[Any, "Graph"] = {}
+
+
+def has_compiler(backend: Any) -> bool:
+    """Whether the backend finds what it needs to compile for a CPU."""
+    try:
+        return backend != "inductor" or bool(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        return False
 
 
 class CompiledSweep(Sweep):
