@@ -134,7 +134,7 @@ class Plan:
                 if not same_layout(grad, param) or grad.is_neg() or grad._is_zerotensor():
                     grad = torch.empty_like(param, dtype=dtype).copy_(grad)
             fitted.append(grad)
-        if all(map(is_, fitted, grads)):
+        if all(map(is_, fitted, grads)) and (self.expects is None or filled is grads):
             self.expects = guard(filled)  # type: ignore[arg-type]
         return fitted
 
