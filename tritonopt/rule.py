@@ -115,7 +115,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._check(group)
         self._units = Units(self)
         self._pack(self.param_groups)
-        if compile not in (False, None):
+        if compile is not False and compile is not None:
             self.compile(**({} if compile is True else compile))  # type: ignore[attr-defined]
 
     def _pack(self, groups: Sequence[dict[str, Any]]) -> None:
