@@ -120,10 +120,9 @@ class Plan:
 
     def fitted(self, grads: Grads) -> Grads | None:
         """The gradients as the updates need them; None if the plan is not for such ones."""
-        filled = grads  # a parameter looks as its gradient does, mostly
+        filled = grads  # a parameter looks as its gradient does, but for the dtype
         if not all_given(grads):
-            pairs = zip(self.params, grads, strict=True)
-            filled = [param if grad is None else grad for param, grad in pairs]
+            filled = [p if g is None else g for p, g in zip(self.params, grads, strict=True)]
         if self.expects is not None and self.expects(*filled):
             return grads
         fitted: list[Tensor | None] = []
@@ -134,7 +133,8 @@ class Plan:
                 if not same_layout(grad, param) or grad.is_neg() or grad._is_zerotensor():
                     grad = torch.empty_like(param, dtype=dtype).copy_(grad)
             fitted.append(grad)
-        if all(map(is_, fitted, grads)) and (self.expects is None or filled is grads):
+        dtypes = [tensor.dtype for tensor in filled]  # type: ignore[union-attr]
+        if dtypes == self.grad_dtypes and all(map(is_, fitted, grads)):
             self.expects = guard(filled)  # type: ignore[arg-type]
         return fitted
 

@@ -209,6 +209,23 @@ def test_a_gradient_that_is_a_parameter(name):
         assert_follows(ours, theirs, params, copies)
 
 
+def test_a_gradient_in_another_dtype_after_none(name):
+    """Where one is missing, nothing is assumed of the dtype in which it will come."""
+    params = [nn.Parameter(torch.randn(8, 6).bfloat16()) for _ in range(2)]
+    copies = [nn.Parameter(p.detach().clone()) for p in params]
+    ours, theirs = OURS[name](params, lr=0.1), TORCH[name](copies, lr=0.1, foreach=False)
+    for param in (*params, *copies):
+        param.grad_dtype = None  # any
+    whole, turned, half = torch.randn(8, 6), torch.randn(6, 8).t(), torch.randn(8, 6).bfloat16()
+    for grads in ((turned, whole), (whole, None), (whole, half), (half, None), (half, whole)):
+        for some in (params, copies):
+            for param, grad in zip(some, grads, strict=True):
+                param.grad = grad if grad is None else grad.clone()
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(params, copies, rtol=0.1, atol=0.1)  # torch rounds often
+
+
 def test_accumulated_gradients_stay_in_place(name):
     model = nn.Linear(5, 3)
     twin = copy.deepcopy(model)
