@@ -1,10 +1,11 @@
-"""Turns torch's optimizers into ours where they stand."""
+"""Turns optimizers of torch, timm and Stable-Baselines3 into ours where they stand."""
 
 from typing import Any
 
 import torch
 from torch.optim import Optimizer, lr_scheduler
 
+from tritonopt.libraries import TENSORFLOW_LIKE, like_tensorflow
 from tritonopt.rmsprop import RMSprop
 from tritonopt.rprop import Rprop
 
@@ -14,16 +15,19 @@ OURS: dict[type, type[RMSprop | Rprop]] = {torch.optim.RMSprop: RMSprop, torch.o
 def from_torch(optimizer: Optimizer, compile: bool | dict[str, Any] = False) -> RMSprop | Rprop:
     """Turns a `torch.optim.RMSprop` or `Rprop` into ours, in the middle of a training or before.
 
-    The object stays the same one, for schedulers and whoever else holds it; param groups, state and
-    hooks are kept. A group with ``foreach=True`` or ``False`` still selects torch's implementation.
+    So it does timm's `RMSpropTF` and Stable-Baselines3's `RMSpropTFLike`, with the options that
+    make ours the same rule. The object stays the same one, for schedulers and whoever else holds
+    it; param groups, state and hooks are kept. A group of torch's with ``foreach=True`` or
+    ``False`` still selects torch's implementation.
 
     Args:
-        optimizer: of exactly one of these two classes; it is returned. One of ours is as it was.
+        optimizer: of exactly one of these classes; it is returned. One of ours is as it was.
         compile: as of :class:`tritonopt.RMSprop`.
 
     Raises:
         TypeError: it is of another class (a subclass may do something else), or its `step` was
             replaced by something else than a scheduler's wrapper.
+        ValueError: it is timm's with ``caution`` or ``corrected_weight_decay``. Nothing is changed.
 
     Example:
         >>> model = torch.nn.Linear(10, 1)
@@ -32,16 +36,24 @@ def from_torch(optimizer: Optimizer, compile: bool | dict[str, Any] = False) -> 
     """
     if isinstance(optimizer, (RMSprop, Rprop)):
         return optimizer
-    if type(optimizer) not in OURS:
-        kind = type(optimizer)
-        raise TypeError(f"from_torch takes torch.optim.RMSprop or Rprop, no subclass: not {kind}")
+    kind = type(optimizer)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    ours = RMSprop if name in TENSORFLOW_LIKE else OURS.get(kind)
+    if ours is None:
+        known = "torch's RMSprop and Rprop, timm's RMSpropTF, Stable-Baselines3's RMSpropTFLike"
+        raise TypeError(f"from_torch takes {known}, no subclass: not {kind}")
     step = vars(optimizer).get("step")
     # Where it was made: other wrappers may have copied the mark of a scheduler's.
     if step is not None and getattr(step, "__globals__", None) is not vars(lr_scheduler):
         raise TypeError("its step was replaced by something: undo that, or call from_torch before")
+    if name in TENSORFLOW_LIKE:
+        groups = [optimizer.defaults, *optimizer.param_groups]
+        for group, made in zip(groups, [*map(like_tensorflow, groups)], strict=True):
+            group.clear()
+            group.update(made)
     vars(optimizer).pop("step", None)  # our class's does itself what the wrapper does
-    optimizer.__class__ = OURS[type(optimizer)]
+    optimizer.__class__ = ours
     assert isinstance(optimizer, (RMSprop, Rprop))
-    optimizer._patch_step_function()  # hooks and profiler names, once per class
+    optimizer.__setstate__({})  # hooks and profiler names, once per class; counts of steps
     optimizer._begin(optimizer._options, compile)
     return optimizer

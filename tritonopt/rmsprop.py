@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, _to_scalar
 
 from tritonopt import eager
+from tritonopt.libraries import from_timm
 from tritonopt.optimizer import FusedOptimizer
 from tritonopt.plan import Rule
 
@@ -132,7 +133,13 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     def initial(self, key: str, group: dict[str, Any]) -> float:
         return float(self._option(group, "initial_scale")) if key == "square_avg" else 0.0
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        groups = state.get("param_groups", [])
+        groups[:] = map(from_timm, groups)
+        super().__setstate__(state)
+
     def _check(self, group: dict[str, Any]) -> None:
+        super()._check(group)
         if not 0.0 <= self._option(group, "initial_scale"):
             raise ValueError(f"Invalid initial_scale value: {group['initial_scale']}")
         for name in ("nesterov", "lr_in_momentum"):
@@ -140,7 +147,6 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
                 raise ValueError(f"{name}=True requires a momentum")
         if self._option(group, "bias_correction") and not group["alpha"] < 1:
             raise ValueError("bias_correction=True requires an alpha below 1")
-        super()._check(group)
 
 
 def launcher() -> Any:

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from cases import OURS, TORCH, assert_follows, follow, give_gradients, parameters, twins
+from foreign_cases import TIMM, RMSpropTF
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -98,41 +99,10 @@ def test_a_step_of_nothing_is_no_dummy_step(name):
 
 # RMSprop as TensorFlow has it. Checkpoints know nothing of the options that say so.
 
-
-class RMSpropTF(torch.optim.Optimizer):
-    """With the state and the options of timm's RMSpropTF and Stable-Baselines3's RMSpropTFLike."""
-
-    def __init__(self, params, lr=1e-2, alpha=0.9, eps=1e-3, momentum=0.0, extra=None):
-        defaults = dict(lr=lr, alpha=alpha, eps=eps, momentum=momentum, centered=False)
-        super().__init__(params, {**defaults, "weight_decay": 0, **(extra or {})})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state.update(step=0, square_avg=torch.ones_like(p))
-                    if group["momentum"] > 0:
-                        state["momentum_buffer"] = torch.zeros_like(p)
-                state["step"] += 1
-                square_avg = state["square_avg"]
-                square_avg.add_(p.grad.pow(2) - square_avg, alpha=1 - group["alpha"])
-                average = square_avg.add(group["eps"]).sqrt_()
-                if group["momentum"] > 0 and "lr_in_momentum" in group:
-                    buffer = state["momentum_buffer"].mul_(group["momentum"])
-                    p.sub_(buffer.addcdiv_(p.grad, average, value=group["lr"]))
-                elif group["momentum"] > 0:
-                    buffer = state["momentum_buffer"].mul_(group["momentum"])
-                    p.sub_(buffer.addcdiv_(p.grad, average), alpha=group["lr"])
-                else:
-                    p.addcdiv_(p.grad, average, value=-group["lr"])
-
-
-TIMM = {"decoupled_decay": False, "lr_in_momentum": True}
 FOREIGN = {
     "as timm's": (TIMM, {"momentum": 0.9}, {"lr_in_momentum": True}),
-    "as timm's, no momentum": ({**TIMM, "lr_in_momentum": False}, {}, {}),
+    "as timm's, no momentum": (TIMM, {}, {}),
+    "as timm's, lr apart": ({**TIMM, "lr_in_momentum": False}, {"momentum": 0.9}, {}),
     "as Stable-Baselines3's": ({}, {}, {}),
     "as Stable-Baselines3's, momentum": ({}, {"momentum": 0.9}, {}),
 }
@@ -187,6 +157,37 @@ def test_a_checkpoint_of_timm():
             ours.step()
             for param, twin in zip(params, copies, strict=True):
                 torch.testing.assert_close(param, twin, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_checkpoint_of_timm_brings_its_rule(momentum):
+    """Whatever the optimizer was built with: its groups say whose they are."""
+    (param,), (twin,) = parameters([(4,)]), parameters([(4,)])
+    extra = {**TIMM, "decoupled_decay": True, "caution": False, "max_lr_snapshot": 0.01}
+    theirs = RMSpropTF([twin], momentum=momentum, extra=extra)
+    twin.grad = torch.ones_like(twin)
+    theirs.step()
+    ours = OURS["RMSprop"]([param])
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    fitting = {"eps_in_sqrt": True, "initial_scale": 1.0, "decoupled_weight_decay": True}
+    fitting.update({"lr_in_momentum": True} if momentum else {})
+    group = ours.state_dict()["param_groups"][0]
+    assert {key: group[key] for key in fitting} == fitting
+    assert not group.keys() & {*extra} - {"lr_in_momentum"}
+    with torch.no_grad():
+        param.copy_(twin)
+    for _ in range(3):
+        give_gradients([param], [twin])
+        ours.step()
+        theirs.step()
+        torch.testing.assert_close(param, twin, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("option", ["caution", "corrected_weight_decay"])
+def test_a_checkpoint_of_timm_with_what_ours_has_not_is_refused(option):
+    theirs = RMSpropTF(parameters([(4,)]), extra={**TIMM, option: True})
+    with pytest.raises(ValueError, match=f"tritonopt has no {option}"):
+        OURS["RMSprop"](parameters([(4,)])).load_state_dict(theirs.state_dict())
 
 
 @pytest.mark.parametrize("way", ["torch's", "ours without options"])

@@ -9,6 +9,7 @@ import warnings
 import pytest
 import torch
 from cases import OURS, TORCH, assert_follows, give_gradients, parameters
+from foreign_cases import TIMM, RMSpropTF, StableBaselines3, Timm, timm_rmsprop_tf
 
 import tritonopt
 
@@ -83,7 +84,7 @@ class Own(torch.optim.RMSprop):
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, Own])
 def test_other_classes_are_refused(kind):
-    with pytest.raises(TypeError, match="from_torch takes torch.optim.RMSprop or"):
+    with pytest.raises(TypeError, match="from_torch takes torch's RMSprop and Rprop, timm"):
         tritonopt.from_torch(kind(parameters()))
 
 
@@ -138,3 +139,100 @@ def test_a_scheduler_warns_before_the_first_step_alone(name, before):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         schedulers[1].step()
+
+
+# Those of other libraries.
+
+OTHERS = {
+    "timm": (Timm, {"extra": TIMM}, {}),
+    "timm, momentum": (Timm, {"extra": TIMM, "momentum": 0.9}, {"lr_in_momentum": True}),
+    "timm, foreach": (Timm, {"extra": {**TIMM, "foreach": True}}, {}),
+    "Stable-Baselines3": (StableBaselines3, {}, {}),
+    "Stable-Baselines3, momentum": (StableBaselines3, {"momentum": 0.9}, {}),
+}
+
+
+def assert_trains_on(make, options, fitting, before):
+    """Converts one of two equal optimizers after some steps, and gives both another group."""
+    params = parameters([(3, 4), (5,), (2, 2), (6,)])
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    ours, theirs = (
+        make([{"params": ps[:2]}, {"params": ps[2:3], "lr": 0.003}], **options)
+        for ps in (params, copies)
+    )
+
+    def train(steps):
+        for _ in range(steps):
+            give_gradients(params, copies)
+            ours.step()
+            theirs.step()
+            for param, twin in zip(params, copies, strict=True):
+                torch.testing.assert_close(param, twin, rtol=1e-5, atol=1e-6)
+
+    scheduler = torch.optim.lr_scheduler.StepLR(ours, 100)
+    train(before)
+    assert tritonopt.from_torch(ours) is ours and type(ours) is tritonopt.RMSprop
+    assert scheduler.optimizer is ours
+    for optimizer, ps in ((ours, params), (theirs, copies)):
+        optimizer.add_param_group({"params": ps[3:]})
+    train(4)
+    for group in ours.param_groups:
+        assert {key: group[key] for key in fitting} == fitting
+    assert "torch" not in ours.describe().splitlines()[1]
+    for param, twin in zip(params, copies, strict=True):
+        entry, other = ours.state[param], theirs.state[twin]
+        assert entry.keys() == other.keys() and float(entry["step"]) == float(other["step"])
+        for key in entry.keys() - {"step"}:
+            torch.testing.assert_close(entry[key], other[key], rtol=1e-5, atol=1e-6)
+    copy.deepcopy(ours).load_state_dict(ours.state_dict())
+
+
+@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_others_train_on(kind, before):
+    make, options, fitting = OTHERS[kind]
+    assert_trains_on(make, options, {"eps_in_sqrt": True, "initial_scale": 1.0, **fitting}, before)
+
+
+@pytest.mark.parametrize("before", [0, 3])
+@pytest.mark.parametrize(
+    "options, fitting",
+    [
+        ({}, {}),
+        ({"momentum": 0.9}, {"lr_in_momentum": True}),
+        ({"momentum": 0.9, "lr_in_momentum": False}, {}),
+        ({"centered": True, "eps": 1e-3}, {}),
+        ({"weight_decay": 0.1, "decoupled_decay": True}, {"decoupled_weight_decay": True}),
+    ],
+    ids=["plain", "momentum", "lr apart", "centered", "decoupled"],
+)
+def test_timms_own(options, fitting, before, monkeypatch):
+    assert_trains_on(timm_rmsprop_tf(monkeypatch), options, fitting, before)
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"centered": True, "eps": 1e-3}])
+def test_stable_baselines3s_own(options):
+    name = "stable_baselines3.common.sb2_compat.rmsprop_tf_like"
+    assert_trains_on(pytest.importorskip(name).RMSpropTFLike, options, {"eps_in_sqrt": True}, 3)
+
+
+@pytest.mark.parametrize("option", ["caution", "corrected_weight_decay"])
+def test_an_option_of_timm_that_ours_has_not_is_refused(option):
+    params = parameters([(3,), (4,)])
+    groups = [{"params": params[:1]}, {"params": params[1:], option: True}]
+    optimizer = Timm(groups, extra={**TIMM, option: False})
+    before = copy.deepcopy(optimizer.state_dict()), dict(optimizer.defaults)
+    with pytest.raises(ValueError, match=f"tritonopt has no {option}"):
+        tritonopt.from_torch(optimizer)
+    assert type(optimizer) is Timm and before == (optimizer.state_dict(), optimizer.defaults)
+
+
+def test_a_subclass_of_theirs_is_refused():
+    with pytest.raises(TypeError, match="no subclass"):
+        tritonopt.from_torch(RMSpropTF(parameters()))
+
+
+def test_theirs_is_compiled():
+    optimizer = Timm(parameters(), extra=TIMM)
+    tritonopt.from_torch(optimizer, compile={"backend": "aot_eager"})
+    assert "compiled" in optimizer.describe()

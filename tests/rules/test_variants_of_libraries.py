@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
-import types
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from foreign_cases import timm_rmsprop_tf
 from variant_cases import STEPS, random_starts, train, trained, valley
 
 # Against the libraries.
-
-
-def timm_rmsprop_tf(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """timm's class without timm's package, whose import needs torchvision."""
-    spec = importlib.util.find_spec("timm")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("timm is not installed")
-    root = Path(spec.submodule_search_locations[0])
-    for name, folder in (("timm", root), ("timm.optim", root / "optim")):
-        package = types.ModuleType(name)
-        package.__path__ = [str(folder)]
-        monkeypatch.setitem(sys.modules, name, package)
-    return importlib.import_module("timm.optim.rmsprop_tf").RMSpropTF
 
 
 @pytest.mark.parametrize(
