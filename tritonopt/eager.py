@@ -7,7 +7,7 @@ torch's for-loop optimizers, so that fp32 and fp64 agree to the last bit.
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch import Tensor
 hardtanh_backward = torch.ops.aten.hardtanh_backward
 threshold_backward = torch.ops.aten.threshold_backward
 
-VARIANTS = ("irprop-", "rprop-", "rprop+", "irprop+")
+Variant = Literal["irprop-", "rprop-", "rprop+", "irprop+"]
+VARIANTS = get_args(Variant)
 
 
 class Scratch:

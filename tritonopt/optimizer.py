@@ -69,7 +69,7 @@ from tritonopt.compile import untraced
 from tritonopt.describe import table
 from tritonopt.plan import Rule
 from tritonopt.rule import RuleOptimizer
-from tritonopt.scaling import clipped, total_norm
+from tritonopt.scaling import checked_limit, clipped, total_norm
 from tritonopt.sweep import Sweep
 
 __all__ = ["FusedOptimizer", "Rule"]
@@ -90,12 +90,10 @@ class FusedOptimizer(RuleOptimizer):
         fused_amp: bool = False, max_grad_norm: float | None = None,
         compile: bool | dict[str, Any] = False, **kwargs: Any,
     ) -> None:  # fmt: skip
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}")
         if fused_amp:
             self._step_supports_amp_scaling = True  # torch.amp.GradScaler looks for it
         if max_grad_norm is not None:
-            self.max_grad_norm = max_grad_norm
+            self.max_grad_norm = checked_limit(max_grad_norm)
         super().__init__(params, *args, **kwargs)
         if fused_amp and self.defaults.get("differentiable", False):
             raise RuntimeError("`fused_amp` does not support `differentiable`")
@@ -160,7 +158,7 @@ class FusedOptimizer(RuleOptimizer):
         enabled = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
-            value = self._loss_value(loss)
+            value, limit = self._loss_value(loss), checked_limit(self.max_grad_norm)
             grad_scale, skip = amp.get("grad_scale"), amp.get("found_inf")
             work = self._units.look(skip)
             if work is None:
@@ -168,7 +166,7 @@ class FusedOptimizer(RuleOptimizer):
             factor = None
             if grad_scale is not None:  # rounded as torch.amp.GradScaler does
                 factor = grad_scale.double().reciprocal().float()
-            if (limit := self.max_grad_norm) is not None:
+            if limit is not None:
                 self.grad_norm, factor = clipped(total_norm(work), limit, factor)
             if skip is not None and (
                 value is not None or not all(group.in_kernels() for group, _ in work)

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from tritonopt import eager
 from tritonopt.device import is_capturing
-from tritonopt.eager import VARIANTS
+from tritonopt.eager import VARIANTS, Variant
 from tritonopt.eligible import is_plain
 from tritonopt.optimizer import FusedOptimizer
 from tritonopt.plan import Rule
@@ -85,7 +85,7 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         self, params: ParamsT, lr: float | Tensor = 1e-2, etas: tuple[float, float] = (0.5, 1.2),
         step_sizes: tuple[float, float] = (1e-6, 50), *, capturable: bool = False,
         foreach: bool | None = None, maximize: bool = False, differentiable: bool = False,
-        variant: str = "irprop-", fused_amp: bool = False, max_grad_norm: float | None = None,
+        variant: Variant = "irprop-", fused_amp: bool = False, max_grad_norm: float | None = None,
         compile: bool | dict[str, Any] = False,
     ) -> None:  # fmt: skip
         super().__init__(
@@ -110,6 +110,9 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
     def _check(self, group: dict[str, Any]) -> None:
         if self._option(group, "variant") not in VARIANTS:
             raise ValueError(f"Invalid variant: {group['variant']!r}, not one of {VARIANTS}")
+        for name in ("etas", "step_sizes"):
+            if len(group[name]) != 2:
+                raise ValueError(f"Invalid {name} value: {group[name]}, not two numbers")
         super()._check(group)
         if self._option(group, "variant") == "irprop+":
             group.setdefault("last_loss", None)

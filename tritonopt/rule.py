@@ -73,6 +73,11 @@ class RuleOptimizer(torch.optim.Optimizer):
         for name in ("fused_amp", "max_grad_norm"):
             if name in group:
                 raise ValueError(f"{name} concerns all param groups: give it to the constructor")
+        for name, value in {**self.defaults, **self._options}.items():
+            if type(value) is bool and name not in self._options:
+                continue  # torch takes anything for it
+            if hasattr(value, "__float__") and not hasattr(group.get(name, value), "__float__"):
+                raise ValueError(f"Invalid {name} value: {group[name]!r}")
         option = self._beyond_torch(group)
         why = self._why_torch(group) if option else None
         if why:
@@ -82,12 +87,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         """The value of an option that torch does not have."""
         return group.get(name, self._options[name])
 
-    def _beyond_torch(self, group: dict[str, Any]) -> str | None:
-        """An option in force that torch does not have; None if torch has the group's rule."""
-        for name, value in self._options.items():
-            if self._option(group, name) != value:
-                return f"{name}={self._option(group, name)!r}"
-        return None
+    def _beyond_torch(self, group: dict[str, Any]) -> str:
+        """The options in force that torch does not have; empty if torch has the group's rule."""
+        values = {name: self._option(group, name) for name in self._options}
+        return ", ".join(f"{x}={v!r}" for x, v in values.items() if v != self._options[x])
 
     def _is_dummy_step(self, bare: Sequence[Tensor]) -> bool:
         """Whether somebody only wants the state made, as `get_optimizer_state_dict` does, by a step

@@ -14,6 +14,12 @@ from tritonopt.eligible import HALF_OR_SINGLE
 from tritonopt.shard import is_sharded
 
 
+def checked_limit(limit: Any) -> Any:
+    if limit is None or (hasattr(limit, "__float__") and limit > 0):
+        return limit
+    raise ValueError(f"Invalid max_grad_norm value: {limit!r}")
+
+
 def clipped(norm: Tensor, max_norm: float, factor: Tensor | None) -> tuple[Tensor, Tensor]:
     """The norm of gradients that count `factor` times, and how often they count once clipped.
 

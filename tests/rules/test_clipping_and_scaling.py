@@ -172,10 +172,15 @@ def test_copies_keep_the_options(name, copied):
     assert "max_grad_norm" not in optimizer.state_dict()["param_groups"][0]
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), "1", [1.0]])
 def test_wrong_norms(name, value):
+    """Given to the constructor, or set later."""
     with pytest.raises(ValueError, match="Invalid max_grad_norm value"):
         OURS[name](parameters(), max_grad_norm=value)
+    optimizer = OURS[name](parameters(), max_grad_norm=1.0)
+    optimizer.max_grad_norm = value
+    with pytest.raises(ValueError, match="Invalid max_grad_norm value"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("option", [{"max_grad_norm": 1.0}, {"fused_amp": True}], ids=str)

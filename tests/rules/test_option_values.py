@@ -233,3 +233,41 @@ def test_etas_with_a_dimension_are_torchs():
         ours.step()
         theirs.step()
         assert torch.equal(*params)
+
+
+WRONG = {
+    "RMSprop": {
+        "lr": "0.1", "alpha": None, "eps": "1e-8", "weight_decay": [0.1], "momentum": "0.9",
+        "initial_scale": "1", "eps_in_sqrt": "yes", "nesterov": None, "max_grad_norm": -1,
+    },
+    "Rprop": {
+        "lr": "0.1", "etas": (0.5,), "step_sizes": (1e-6, 1, 50), "variant": 3, "fused_amp": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("started", [False, True], ids=["first step", "later"])
+@pytest.mark.parametrize("name, option", [(n, o) for n in WRONG for o in WRONG[n]])
+def test_a_wrong_value_in_a_group_is_named_and_changes_nothing(name, option, started):
+    params = parameters([(3,), (4,)])
+    optimizer = OURS[name]([{"params": params[:1]}, {"params": params[1:]}])
+    give_gradients(params, params)
+    if started:
+        optimizer.step()
+    optimizer.param_groups[1][option] = WRONG[name][option]
+    before = copy.deepcopy((params, [*optimizer.state.values()]))
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"(Invalid )?{option}"):
+            optimizer.step()
+    assert str(before) == str((params, [*optimizer.state.values()]))
+
+
+@pytest.mark.parametrize("value", [np.float32(0.25), torch.tensor(0.25), 1])
+@pytest.mark.parametrize("option", ["lr", "alpha", "eps", "weight_decay", "momentum"])
+def test_a_number_of_any_type_in_a_group_is_torchs(option, value):
+    params = parameters([(3,), (4,)])
+    ours, theirs, copies = twins("RMSprop", params, momentum=0.5)
+    follow(ours, theirs, params, copies, 2)
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[0][option] = value
+    follow(ours, theirs, params, copies, 2)
