@@ -10,18 +10,32 @@ from tritonopt import slab
 from tritonopt.device import path
 from tritonopt.group import Group
 from tritonopt.shard import local
+from tritonopt.sweep import Sweep
+from tritonopt.units import Units
 
 HEAD = "group|device|dtype|path|packed|in place|torch|elements|bytes/step".split("|")
 SIDES = "><<<>>>>>"
 
 
-def table(groups: Sequence[Group], sweep_path: str, packed: bool) -> str:
+def in_force(units: Units) -> dict[str, Any]:
+    """Options that torch does not have and that concern all groups, where they are on."""
+    optimizer = units.optimizer  # itself: Lightning wraps it in what imitates its class
+    compiled = optimizer._sweep is not Sweep and (optimizer._compile_kwargs or True)
+    limit, fused_amp = optimizer.max_grad_norm, optimizer._has_fused_amp()
+    options = {"compile": compiled, "fused_amp": fused_amp, "max_grad_norm": limit}
+    return {name: value for name, value in options.items() if value}
+
+
+def table(units: Units) -> str:
     rows: list[Sequence[str]] = [HEAD]
-    notes: list[str] = []
-    for index, known in enumerate(groups):
+    notes = [f"all groups: {name}={value}" for name, value in in_force(units).items()]
+    sweep: Any = units.optimizer._sweep
+    sweep_path = getattr(sweep, "func", sweep).path
+    for index, known in enumerate(units.each_group()):
+        notes += [f"group {index}: {known.beyond_torch}"] if known.beyond_torch else []
         totals: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
         reasons: Counter[str] = Counter()
-        for kind, column, numel, nbytes, why in _members(known, sweep_path, packed):
+        for kind, column, numel, nbytes, why in _members(known, sweep_path, units.packed):
             totals[kind].update({column: 1, "elements": numel, "bytes/step": nbytes})
             if why is not None:
                 reasons[f"{column.replace('torch', 'left to torch')}: {why}"] += 1

@@ -66,7 +66,7 @@ from torch.autograd import _profiler_enabled
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from tritonopt.compile import untraced
-from tritonopt.describe import table
+from tritonopt.describe import in_force, table
 from tritonopt.plan import Rule
 from tritonopt.rule import RuleOptimizer
 from tritonopt.scaling import checked_limit, clipped, total_norm
@@ -83,7 +83,6 @@ class FusedOptimizer(RuleOptimizer):
     _sweep: Callable[..., Sweep] = Sweep
     _compile_kwargs: dict[str, Any] | None = None
     max_grad_norm: float | None = None  # over all groups
-    grad_norm: Tensor | None = None  # before clipping, of the last step with max_grad_norm
 
     def __init__(
         self, params: Any, *args: Any, options: dict[str, Any] | None = None,
@@ -103,6 +102,11 @@ class FusedOptimizer(RuleOptimizer):
         super().__setstate__(state)
         if self._compile_kwargs is not None:
             self.compile(**self._compile_kwargs)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm before clipping, of the last step with `max_grad_norm`."""
+        return self._units.grad_norm
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -167,7 +171,7 @@ class FusedOptimizer(RuleOptimizer):
             if grad_scale is not None:  # rounded as torch.amp.GradScaler does
                 factor = grad_scale.double().reciprocal().float()
             if limit is not None:
-                self.grad_norm, factor = clipped(total_norm(work), limit, factor)
+                self._units.grad_norm, factor = clipped(total_norm(work), limit, factor)
             if skip is not None and (
                 value is not None or not all(group.in_kernels() for group, _ in work)
             ):
@@ -203,6 +207,9 @@ class FusedOptimizer(RuleOptimizer):
 
         torch.compile(lambda: None, **kwargs)  # raises where an option is wrong
         self._compile_kwargs = kwargs
+        if all(group.get("foreach") is not None for group in self.param_groups):
+            warnings.warn("steps are not compiled: foreach selects torch's code", stacklevel=2)
+            return
         on_cpu = any(param.is_cpu for group in self.param_groups for param in group["params"])
         if on_cpu and not has_compiler(kwargs.get("backend", "inductor")):
             warnings.warn("steps are eager: install a C++ compiler or name it in CXX", stacklevel=2)
@@ -223,5 +230,9 @@ class FusedOptimizer(RuleOptimizer):
             group  device  dtype    path   packed  in place  torch  elements  bytes/step
                 0  cpu     float32  eager       2         0      0        20         400
         """
-        sweep: Any = getattr(self._sweep, "func", self._sweep)
-        return table(self._units.each_group(), sweep.path, self._units.packed)
+        return table(self._units)
+
+    def __repr__(self) -> str:
+        options = "".join(f"    {name}: {value}\n" for name, value in in_force(self._units).items())
+        title = "All groups\n" if options else ""
+        return super().__repr__().removesuffix(")") + title + options + ")"

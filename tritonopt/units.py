@@ -18,6 +18,8 @@ Work = list[tuple[Group, Sequence[Tensor | None]]]
 class Units:
     """Of one optimizer. What is remembered is verified at every step."""
 
+    grad_norm: Tensor | None = None
+
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
         self.packed = False  # whether what lies on a CPU has been offered a place in slabs

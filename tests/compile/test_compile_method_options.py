@@ -103,3 +103,13 @@ def test_without_a_compiler():
         optimizer.step()
     assert torch.equal(param, twin) and "eager" in ours.describe()
     assert "compiled" in OURS["RMSprop"]([param], compile={"backend": "aot_eager"}).describe()
+
+
+def test_where_torchs_code_was_chosen():
+    """A warning says that nothing is compiled; groups without the choice are."""
+    params = [torch.nn.Parameter(torch.ones(40)) for _ in range(2)]
+    with pytest.warns(UserWarning, match="foreach selects torch's code"):
+        ours = OURS["RMSprop"](params, foreach=True, compile={"backend": "aot_eager"})
+    assert "compile" not in ours.describe() and "torch" in ours.describe().splitlines()[1]
+    groups = [{"params": params[:1], "foreach": True}, {"params": params[1:]}]
+    assert "compiled" in OURS["RMSprop"](groups, compile={"backend": "aot_eager"}).describe()

@@ -137,3 +137,46 @@ def test_why_a_parameter_lies_in_no_slab(name):
     lines = optimizer.describe().splitlines()
     reason = "1 in place: nothing lies beside it, or it was moved after the first step"
     assert lines[2:] == [f"group 0: {reason}"]
+
+
+# Options: those that torch does not have, where they are on.
+
+
+def test_options_in_force_are_told(name):
+    """By group, if each may have its own."""
+    option = {"RMSprop": "eps_in_sqrt=True", "Rprop": "variant='rprop-'"}[name]
+    groups = [{"params": parameters([(3,)])}, {"params": parameters([(4,)])}]
+    groups[1].update(eval(f"dict({option})"))
+    everywhere = {"compile": {"backend": "aot_eager"}, "fused_amp": True, "max_grad_norm": 2.0}
+    optimizer = OURS[name](groups, **everywhere)
+    optimizer.step()
+    lines = optimizer.describe().splitlines()
+    for key, value in everywhere.items():
+        assert f"all groups: {key}={value}" in lines
+        assert f"\n    {key}: {value}\n" in repr(optimizer)
+    assert f"group 1: {option}" in lines and not any("group 0: eps" in line for line in lines)
+    plain = OURS[name](parameters([(3,)]))
+    assert "all groups" not in plain.describe() and "All groups" not in repr(plain)
+
+
+class Imitation:
+    """As Lightning wraps an optimizer: a class of both, whose attributes are the wrapped one's."""
+
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+        self.__class__ = type("Imitation", (Imitation, type(optimizer)), {})
+
+    def __getattr__(self, name):
+        return getattr(self._optimizer, name)
+
+
+def test_an_imitation_of_the_class_tells_what_the_optimizer_tells(name):
+    options = {"compile": {"backend": "aot_eager"}, "max_grad_norm": 2.0}
+    params = parameters(SHAPES)
+    optimizer = OURS[name](params, **options)
+    give_gradients(params, params)
+    optimizer.step()
+    wrapper = Imitation(optimizer)
+    assert wrapper.describe() == optimizer.describe() and "compiled" in wrapper.describe()
+    assert wrapper.grad_norm is optimizer.grad_norm is not None
+    assert "max_grad_norm: 2.0" in repr(wrapper)
