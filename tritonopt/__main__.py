@@ -31,8 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.exit(
             2,
             f"The demo needs {EXTRA[missing]}, which is not installed:\n"
-            '    pip install "tritonopt[demo]"\n'
-            'or, in a copy of the repository, pip install ".[demo]"\n',
+            f"    pip install {' '.join(EXTRA.values())}\n",
         )
     if args.plot is not None:
         try:

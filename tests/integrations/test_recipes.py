@@ -15,7 +15,7 @@ from tritonopt.device import INTERPRET
 
 PAGE = (Path(__file__).parent / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.S)
-LIBRARIES = "timm", "transformers", "stable_baselines3", "deepxde"
+LIBRARIES = "timm", "transformers", "stable_baselines3", "deepxde", "lightning"
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter rounds square roots otherwise")
 
@@ -79,6 +79,18 @@ def test_transformers_by_override():
     trainer.create_optimizer_and_scheduler(num_training_steps=10)
     assert type(trainer.optimizer) is tritonopt.Rprop
     assert trainer.lr_scheduler.optimizer is trainer.optimizer
+
+
+def test_lightning():
+    """The callback is the recipe's; what a trainer writes is left out."""
+    callback = run(recipe_of("FusedOptimizers"))["trainer"].callbacks[0]
+    import lightning_cases
+
+    trainer = lightning_cases.lightning.Trainer(**lightning_cases.QUIET, callbacks=[callback])
+    trainer.fit(lightning_cases.Module(TORCH["RMSprop"]), lightning_cases.loader())
+    assert type(trainer.optimizers[0]) is tritonopt.RMSprop
+    wrapped = trainer.lightning_module.optimizers()
+    assert wrapped.describe() == wrapped.optimizer.describe() == trainer.optimizers[0].describe()
 
 
 def test_stable_baselines3():

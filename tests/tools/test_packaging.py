@@ -1,5 +1,6 @@
 """What is installed: wheel, sdist and editable install, and what importing it brings along."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -61,3 +62,18 @@ def test_the_wheel_works_alone(distributions, tmp_path):
     )
     out = run("-c", code, cwd=tmp_path)
     assert str(tmp_path) in out and "0.99" in out
+
+
+def test_what_a_registry_shows(distributions):
+    """Its page has no other files: links of the README must be whole."""
+    archive = zipfile.ZipFile(distributions[0])
+    metadata = next(name for name in archive.namelist() if name.endswith("/METADATA"))
+    head, _, readme = archive.read(metadata).decode().partition("\n\n")
+    for line in ("Author: ", "Project-URL: Homepage, https://", "Classifier: Typing :: Typed"):
+        assert f"\n{line}" in head
+    assert "Description-Content-Type: text/markdown" in head and readme.startswith("# tritonopt")
+    links = re.findall(r"\]\(([^)]*)\)", readme)
+    assert links and all(link.startswith("https://") for link in links)
+    repository = re.search(r"Project-URL: Homepage, (\S+)", head)[1]
+    ours = [link for link in links if link.startswith(repository)]
+    assert ours and all((ROOT / link.partition("/blob/main/")[2]).is_file() for link in ours)
