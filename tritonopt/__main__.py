@@ -20,6 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     device = _device(parser, args.device)
+    names = {"rmsprop": ["RMSprop"], "rprop": ["Rprop"], "both": ["RMSprop", "Rprop"]}[args.optimizer]
+    seconds = 6 + 0.02 * args.steps * len(names)
+    print(f"About {seconds:.0f} s on two cores of a CPU, minutes in Triton's interpreter.", flush=True)
     try:
         if args.plot is not None:
             importlib.import_module("matplotlib.figure")
@@ -38,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.plot.open("ab").close()
         except OSError as error:  # before the training, not after it
             parser.error(f"--plot: {error}")
-    names = {"rmsprop": ["RMSprop"], "rprop": ["Rprop"], "both": ["RMSprop", "Rprop"]}
-    return demo.run(names[args.optimizer], device, args.steps, args.seed, args.plot)
+    return demo.run(names, device, args.steps, args.seed, args.plot)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         help="RMSprop trains on mini-batches, Rprop on all digits at once (default: both)",
     )  # fmt: skip
     parser.add_argument("--device", help="default: the accelerator if there is one, else cpu")
-    parser.add_argument("--steps", type=_positive, default=200, help="default: %(default)s")
+    parser.add_argument("--steps", type=_positive, default=100, help="default: %(default)s")
     parser.add_argument(
         "--seed", type=_seed, default=0,
         help="of the network, the batches and the choice of test digits (default: 0)",
