@@ -20,9 +20,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     device = _device(parser, args.device)
-    names = {"rmsprop": ["RMSprop"], "rprop": ["Rprop"], "both": ["RMSprop", "Rprop"]}[args.optimizer]
+    names = {"rmsprop": ["RMSprop"], "rprop": ["Rprop"], "both": ["RMSprop", "Rprop"]}[
+        args.optimizer
+    ]
     seconds = 6 + 0.02 * args.steps * len(names)
-    print(f"About {seconds:.0f} s on two cores of a CPU, minutes in Triton's interpreter.", flush=True)
+    print(
+        f"About {seconds:.0f} s on two cores of a CPU, minutes in Triton's interpreter.", flush=True
+    )
     try:
         if args.plot is not None:
             importlib.import_module("matplotlib.figure")

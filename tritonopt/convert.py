@@ -27,7 +27,8 @@ def from_torch(optimizer: Optimizer, compile: bool | dict[str, Any] = False) -> 
     Raises:
         TypeError: it is of another class (a subclass may do something else), or its `step` was
             replaced by something else than a scheduler's wrapper.
-        ValueError: it is timm's with ``caution`` or ``corrected_weight_decay``. Nothing is changed.
+        ValueError: it is timm's with ``caution`` or ``corrected_weight_decay``, or an option has a
+            wrong value. Whatever is raised, the optimizer is what it was.
 
     Example:
         >>> model = torch.nn.Linear(10, 1)
@@ -46,14 +47,26 @@ def from_torch(optimizer: Optimizer, compile: bool | dict[str, Any] = False) -> 
     # Where it was made: other wrappers may have copied the mark of a scheduler's.
     if step is not None and getattr(step, "__globals__", None) is not vars(lr_scheduler):
         raise TypeError("its step was replaced by something: undo that, or call from_torch before")
-    if name in TENSORFLOW_LIKE:
-        groups = [optimizer.defaults, *optimizer.param_groups]
-        for group, made in zip(groups, [*map(like_tensorflow, groups)], strict=True):
+    groups = [optimizer.defaults, *optimizer.param_groups]
+    before = dict(vars(optimizer)), [*map(dict, groups)]
+    try:
+        for group, old in zip(groups, before[1], strict=True):
             group.clear()
-            group.update(made)
-    vars(optimizer).pop("step", None)  # our class's does itself what the wrapper does
-    optimizer.__class__ = ours
-    assert isinstance(optimizer, (RMSprop, Rprop))
-    optimizer.__setstate__({})  # hooks and profiler names, once per class; counts of steps
-    optimizer._begin(optimizer._options, compile)
+            if name in TENSORFLOW_LIKE:
+                group.update(like_tensorflow(old))
+            else:
+                group.update((x, old[x]) for x in old if x not in ours._options)  # not in force
+        vars(optimizer).pop("step", None)  # our class's does itself what the wrapper does
+        optimizer.__class__ = ours
+        assert isinstance(optimizer, (RMSprop, Rprop))
+        optimizer.__setstate__({})  # hooks and profiler names, once per class; counts of steps
+        optimizer._begin(optimizer._options, compile)
+    except BaseException:
+        optimizer.__class__ = kind
+        vars(optimizer).clear()
+        vars(optimizer).update(before[0])
+        for group, old in zip(groups, before[1], strict=True):
+            group.clear()
+            group.update(old)
+        raise
     return optimizer

@@ -6,10 +6,11 @@ TENSORFLOW_LIKE = (
     "timm.optim.rmsprop_tf.RMSpropTF",
     "stable_baselines3.common.sb2_compat.rmsprop_tf_like.RMSpropTFLike",
 )
-
-_OPTIONS = {"eps_in_sqrt": True, "initial_scale": 1.0}  # of both
-_NOT_OURS = ("caution", "corrected_weight_decay")
-_TIMM = (*_NOT_OURS, "max_lr_snapshot", "decoupled_decay", "lr_in_momentum")
+OPTIONS = {  # all that torch does not have, as both have them
+    "eps_in_sqrt": True, "initial_scale": 1.0, "lr_in_momentum": False,
+    "nesterov": False, "bias_correction": False, "decoupled_weight_decay": False,
+}  # fmt: skip
+TIMM_ALONE = ("decoupled_decay", "caution", "corrected_weight_decay")
 
 
 def from_timm(group: dict[str, Any]) -> dict[str, Any]:
@@ -18,20 +19,20 @@ def from_timm(group: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an option is on that ours does not have.
     """
-    if "decoupled_decay" not in group:
+    if not group.keys() >= {"decoupled_decay", "lr_in_momentum"} or "eps_in_sqrt" in group:
         return group
-    for name in _NOT_OURS:
-        if group.get(name):
-            raise ValueError(f"tritonopt has no {name}, which timm's RMSpropTF trains with here")
-    ours = {name: value for name, value in group.items() if name not in _TIMM}
-    ours.update(_OPTIONS, foreach=None)  # which selects their own code there
-    if group["lr_in_momentum"] and group["momentum"] > 0:
-        ours["lr_in_momentum"] = True
-    if group["decoupled_decay"]:
-        ours["decoupled_weight_decay"] = True
+    decoupled = bool(group["decoupled_decay"])
+    for name, is_used in (("caution", True), ("corrected_weight_decay", decoupled)):
+        if group.get(name) and is_used:
+            raise ValueError(f"tritonopt has no {name}, with which timm's RMSpropTF trains here")
+    ours = {name: group[name] for name in group if name not in (*TIMM_ALONE, "max_lr_snapshot")}
+    ours.update(OPTIONS, foreach=None)  # which selects their own code there
+    ours.update(lr_in_momentum=bool(group["lr_in_momentum"]), decoupled_weight_decay=decoupled)
     return ours
 
 
 def like_tensorflow(group: dict[str, Any]) -> dict[str, Any]:
     """A param group of one of the two, with what torch's `RMSprop` wants in its groups."""
-    return {"foreach": None, "maximize": False, **from_timm(group), **_OPTIONS}
+    made = from_timm(group)
+    options = OPTIONS if made is group else {}  # of Stable-Baselines3
+    return {**made, **options, "foreach": None, "maximize": False}

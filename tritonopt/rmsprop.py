@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, _to_scalar
 
 from tritonopt import eager
-from tritonopt.libraries import from_timm
+from tritonopt.libraries import TIMM_ALONE, from_timm
 from tritonopt.optimizer import FusedOptimizer
 from tritonopt.plan import Rule
 
@@ -74,8 +74,9 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
 
     Raises:
         ValueError: a hyperparameter is negative, a tensor ``lr`` has several elements, ``nesterov``
-            or ``lr_in_momentum`` has no ``momentum``, ``bias_correction`` has an ``alpha`` of 1 or
-            more, ``max_grad_norm`` is not positive, or an option that changes the rule meets
+            or ``lr_in_momentum`` has no ``momentum`` (with ``eps_in_sqrt`` and an ``initial_scale``
+            of 1, as in timm, the latter waits for one), ``bias_correction`` has an ``alpha`` of 1
+            or more, ``max_grad_norm`` is not positive, or an option that changes the rule meets
             ``foreach`` or ``differentiable``.
         RuntimeError: ``fused_amp`` is given with ``differentiable``.
 
@@ -142,7 +143,12 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         super()._check(group)
         if not 0.0 <= self._option(group, "initial_scale"):
             raise ValueError(f"Invalid initial_scale value: {group['initial_scale']}")
-        for name in ("nesterov", "lr_in_momentum"):
+        for name in TIMM_ALONE:
+            if group.get(name):
+                raise ValueError(f"{name} is timm's: tritonopt has decoupled_weight_decay alone")
+        # With timm's other options it is timm's rule, which may wait for a momentum.
+        waits = self._option(group, "eps_in_sqrt") and self._option(group, "initial_scale") == 1
+        for name in ("nesterov",) if waits else ("nesterov", "lr_in_momentum"):
             if self._option(group, name) and group["momentum"] <= 0:
                 raise ValueError(f"{name}=True requires a momentum")
         if self._option(group, "bias_correction") and not group["alpha"] < 1:

@@ -111,8 +111,8 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         if self._option(group, "variant") not in VARIANTS:
             raise ValueError(f"Invalid variant: {group['variant']!r}, not one of {VARIANTS}")
         for name in ("etas", "step_sizes"):
-            if len(group[name]) != 2:
-                raise ValueError(f"Invalid {name} value: {group[name]}, not two numbers")
+            if not hasattr(group[name], "__len__") or len(group[name]) != 2:
+                raise ValueError(f"Invalid {name} value: {group[name]!r}, not two numbers")
         super()._check(group)
         if self._option(group, "variant") == "irprop+":
             group.setdefault("last_loss", None)

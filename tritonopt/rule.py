@@ -11,6 +11,7 @@ from tritonopt import slab
 from tritonopt.eager import Scratch, apply
 from tritonopt.eligible import is_plain, why_watched
 from tritonopt.plan import Rule
+from tritonopt.scaling import is_number
 from tritonopt.shard import local
 from tritonopt.state import make_state, may_move
 from tritonopt.units import Units
@@ -73,10 +74,9 @@ class RuleOptimizer(torch.optim.Optimizer):
         for name in ("fused_amp", "max_grad_norm"):
             if name in group:
                 raise ValueError(f"{name} concerns all param groups: give it to the constructor")
-        for name, value in {**self.defaults, **self._options}.items():
-            if type(value) is bool and name not in self._options:
-                continue  # torch takes anything for it
-            if hasattr(value, "__float__") and not hasattr(group.get(name, value), "__float__"):
+        torchs = {name: v for name, v in self.defaults.items() if type(v) is not bool}
+        for name, value in {**(torchs if self._stock else {}), **self._options}.items():
+            if is_number(value) and not is_number(group.get(name, value)):
                 raise ValueError(f"Invalid {name} value: {group[name]!r}")
         option = self._beyond_torch(group)
         why = self._why_torch(group) if option else None

@@ -14,10 +14,25 @@ from tritonopt.eligible import HALF_OR_SINGLE
 from tritonopt.shard import is_sharded
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is one real number; what a tensor holds, the host does not wait for."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    if type(value) is float:
+        return True
+    try:
+        float(value)
+        return not isinstance(value, str) and getattr(value, "ndim", 0) == 0
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
 def checked_limit(limit: Any) -> Any:
-    if limit is None or (hasattr(limit, "__float__") and limit > 0):
+    if limit is None or (isinstance(limit, Tensor) and not limit.is_cpu and is_number(limit)):
         return limit
-    raise ValueError(f"Invalid max_grad_norm value: {limit!r}")
+    if not is_number(limit) or not limit > 0:
+        raise ValueError(f"Invalid max_grad_norm value: {limit!r}")
+    return limit if isinstance(limit, Tensor) else float(limit)
 
 
 def clipped(norm: Tensor, max_norm: float, factor: Tensor | None) -> tuple[Tensor, Tensor]:

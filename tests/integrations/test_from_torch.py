@@ -144,7 +144,7 @@ def test_a_scheduler_warns_before_the_first_step_alone(name, before):
 # Those of other libraries.
 
 OTHERS = {
-    "timm": (Timm, {"extra": TIMM}, {}),
+    "timm": (Timm, {"extra": TIMM}, {"lr_in_momentum": True}),
     "timm, momentum": (Timm, {"extra": TIMM, "momentum": 0.9}, {"lr_in_momentum": True}),
     "timm, foreach": (Timm, {"extra": {**TIMM, "foreach": True}}, {}),
     "Stable-Baselines3": (StableBaselines3, {}, {}),
@@ -198,7 +198,7 @@ def test_others_train_on(kind, before):
 @pytest.mark.parametrize(
     "options, fitting",
     [
-        ({}, {}),
+        ({}, {"lr_in_momentum": True}),
         ({"momentum": 0.9}, {"lr_in_momentum": True}),
         ({"momentum": 0.9, "lr_in_momentum": False}, {}),
         ({"centered": True, "eps": 1e-3}, {}),
@@ -210,6 +210,63 @@ def test_timms_own(options, fitting, before, monkeypatch):
     assert_trains_on(timm_rmsprop_tf(monkeypatch), options, fitting, before)
 
 
+def test_momentum_that_comes_and_goes(monkeypatch):
+    """As schedules make it: at 0 or without, timm's option says what becomes of it later."""
+    make = timm_rmsprop_tf(monkeypatch)
+    params = parameters([(3, 4), (5,)])
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    ours, theirs = tritonopt.from_torch(make(params, lr=0.05)), make(copies, lr=0.05)
+    for step, momentum in enumerate((0.5, 0.9, 0.0, 0.0, 0.7)):
+        for optimizer in (ours, theirs):
+            optimizer.param_groups[0].update(momentum=momentum, lr=0.05 / (step + 1))
+        give_gradients(params, copies)
+        ours.step()
+        theirs.step()
+        for param, twin in zip(params, copies, strict=True):
+            torch.testing.assert_close(param, twin, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("option", ["decoupled_decay", "caution"])
+def test_a_later_group_with_an_option_of_timm_is_refused(option):
+    ours = tritonopt.from_torch(Timm(parameters([(3,)]), extra=TIMM))
+    with pytest.raises(ValueError, match=f"{option} is timm's"):
+        ours.add_param_group({"params": parameters([(3,)]), option: True})
+
+
+def test_what_an_optimizer_ignored_stays_ignored():
+    (param,) = parameters([(3,)])
+    group = {"params": [param], "momentum": 0.9, "nesterov": True, "initial_scale": 3.0}
+    assert "nesterov" not in tritonopt.from_torch(torch.optim.RMSprop([group])).describe()
+    theirs = StableBaselines3([param])
+    ascending = torch.optim.RMSprop([param], maximize=True, foreach=False)
+    theirs.load_state_dict(ascending.state_dict())
+    group = tritonopt.from_torch(theirs).param_groups[0]
+    assert group["maximize"] is False and group["foreach"] is None
+
+
+WRONG = {
+    "mode": (lambda ps: Timm(ps, extra=TIMM), {"compile": {"mode": "no such"}}),
+    "no dict": (lambda ps: Timm(ps, extra=TIMM), {"compile": 5}),
+    "timm's value": (lambda ps: Timm([{"params": ps, "eps": "x"}], extra=TIMM), {}),
+    "value": (lambda ps: torch.optim.RMSprop([{"params": ps, "weight_decay": None}]), {}),
+    "not of a group": (lambda ps: torch.optim.Rprop([{"params": ps, "max_grad_norm": 1}]), {}),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_cannot_be_converted_stays_what_it_was(kind):
+    make, options = WRONG[kind]
+    optimizer = make(parameters([(3,)]))
+
+    def look():
+        return type(optimizer), optimizer.state_dict(), optimizer.defaults, [*vars(optimizer)]
+
+    before = copy.deepcopy(look())
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        tritonopt.from_torch(optimizer, **options)
+    assert look() == before
+
+
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"centered": True, "eps": 1e-3}])
 def test_stable_baselines3s_own(options):
     name = "stable_baselines3.common.sb2_compat.rmsprop_tf_like"
@@ -219,7 +276,7 @@ def test_stable_baselines3s_own(options):
 @pytest.mark.parametrize("option", ["caution", "corrected_weight_decay"])
 def test_an_option_of_timm_that_ours_has_not_is_refused(option):
     params = parameters([(3,), (4,)])
-    groups = [{"params": params[:1]}, {"params": params[1:], option: True}]
+    groups = [{"params": params[:1]}, {"params": params[1:], option: True, "decoupled_decay": True}]
     optimizer = Timm(groups, extra={**TIMM, option: False})
     before = copy.deepcopy(optimizer.state_dict()), dict(optimizer.defaults)
     with pytest.raises(ValueError, match=f"tritonopt has no {option}"):

@@ -172,7 +172,7 @@ def test_copies_keep_the_options(name, copied):
     assert "max_grad_norm" not in optimizer.state_dict()["param_groups"][0]
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), "1", [1.0]])
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), "1", [1.0], torch.ones(2)])
 def test_wrong_norms(name, value):
     """Given to the constructor, or set later."""
     with pytest.raises(ValueError, match="Invalid max_grad_norm value"):

@@ -192,3 +192,10 @@ def test_a_rule_that_takes_the_step_over_real_and_complex_parameters(path):
             value.sub_(buffer * (lr / step))
             torch.testing.assert_close(param.detach(), value)
             torch.testing.assert_close(optimizer.state[param]["momentum_buffer"], buffer)
+
+
+def test_what_an_option_may_hold_is_the_rules_affair():
+    """Types are checked of torch's options alone."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "weight_decay": None}]
+    assert Lion(groups, weight_decay=0.1).param_groups[1]["weight_decay"] is None
