@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from tritonopt.device import INTERPRET
+
 EXTRA = {"sklearn": "scikit-learn", "rich": "rich", "matplotlib": "matplotlib"}
 
 
@@ -20,13 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     device = _device(parser, args.device)
-    names = {"rmsprop": ["RMSprop"], "rprop": ["Rprop"], "both": ["RMSprop", "Rprop"]}[
-        args.optimizer
-    ]
+    groups = {"rmsprop": ["RMSprop"], "rprop": ["Rprop"], "both": ["RMSprop", "Rprop"]}
+    names = groups[args.optimizer]
     seconds = 6 + 0.02 * args.steps * len(names)
-    print(
-        f"About {seconds:.0f} s on two cores of a CPU, minutes in Triton's interpreter.", flush=True
-    )
+    slow = "minutes in Triton's interpreter" if INTERPRET else f"about {seconds:.0f} s on two cores"
+    print(f"This takes {slow} of a CPU.", flush=True)
     try:
         if args.plot is not None:
             importlib.import_module("matplotlib.figure")

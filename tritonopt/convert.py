@@ -12,6 +12,15 @@ from tritonopt.rprop import Rprop
 OURS: dict[type, type[RMSprop | Rprop]] = {torch.optim.RMSprop: RMSprop, torch.optim.Rprop: Rprop}
 
 
+def counterpart(optimizer: Optimizer) -> type[RMSprop | Rprop] | None:
+    """The class of ours that an optimizer is of, or can be turned into."""
+    kind = type(optimizer)
+    if issubclass(kind, (RMSprop, Rprop)):
+        return kind
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    return RMSprop if name in TENSORFLOW_LIKE else OURS.get(kind)
+
+
 def from_torch(optimizer: Optimizer, compile: bool | dict[str, Any] = False) -> RMSprop | Rprop:
     """Turns a `torch.optim.RMSprop` or `Rprop` into ours, in the middle of a training or before.
 
@@ -21,7 +30,7 @@ def from_torch(optimizer: Optimizer, compile: bool | dict[str, Any] = False) -> 
     ``False`` still selects torch's implementation.
 
     Args:
-        optimizer: of exactly one of these classes; it is returned. One of ours is as it was.
+        optimizer: of exactly one of these classes, or one of ours; it is returned.
         compile: as of :class:`tritonopt.RMSprop`.
 
     Raises:
@@ -36,10 +45,10 @@ def from_torch(optimizer: Optimizer, compile: bool | dict[str, Any] = False) -> 
         >>> optimizer = tritonopt.from_torch(optimizer)
     """
     if isinstance(optimizer, (RMSprop, Rprop)):
+        if compile:
+            optimizer.compile(**({} if compile is True else compile))
         return optimizer
-    kind = type(optimizer)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    ours = RMSprop if name in TENSORFLOW_LIKE else OURS.get(kind)
+    kind, ours = type(optimizer), counterpart(optimizer)
     if ours is None:
         known = "torch's RMSprop and Rprop, timm's RMSpropTF, Stable-Baselines3's RMSpropTFLike"
         raise TypeError(f"from_torch takes {known}, no subclass: not {kind}")
@@ -52,7 +61,7 @@ def from_torch(optimizer: Optimizer, compile: bool | dict[str, Any] = False) -> 
     try:
         for group, old in zip(groups, before[1], strict=True):
             group.clear()
-            if name in TENSORFLOW_LIKE:
+            if kind not in OURS:
                 group.update(like_tensorflow(old))
             else:
                 group.update((x, old[x]) for x in old if x not in ours._options)  # not in force

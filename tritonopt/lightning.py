@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tritonopt.convert import OURS, from_torch
+from tritonopt.convert import counterpart, from_torch
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -11,11 +11,11 @@ except ModuleNotFoundError:  # its older name
 
 
 class FusedOptimizers(Callback):
-    """Turns every `torch.optim.RMSprop` and `Rprop` of a trainer into ours when a fit starts.
+    """Turns each optimizer that :func:`tritonopt.from_torch` takes into ours when a fit starts.
 
     Neither the module nor its `configure_optimizers` changes; param groups, state, schedulers and
     the format of checkpoints stay. Other optimizers, and those wrapped by a strategy, do, too.
-    `compile` is that of :class:`tritonopt.RMSprop`.
+    `compile` is that of :class:`tritonopt.RMSprop`, also for optimizers that are ours already.
 
     Example:
         >>> trainer = lightning.Trainer(callbacks=[tritonopt.lightning.FusedOptimizers()])
@@ -27,5 +27,5 @@ class FusedOptimizers(Callback):
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         # Assigned, so that the strategy's wrappers, which imitate the optimizers' classes, follow.
         found = trainer.strategy.optimizers
-        made = [from_torch(o, self.compile) if type(o) in OURS else o for o in found]
+        made = [from_torch(o, self.compile) if counterpart(o) else o for o in found]
         trainer.strategy.optimizers = made

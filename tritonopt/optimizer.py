@@ -207,8 +207,9 @@ class FusedOptimizer(RuleOptimizer):
 
         torch.compile(lambda: None, **kwargs)  # raises where an option is wrong
         self._compile_kwargs = kwargs
-        if all(group.get("foreach") is not None for group in self.param_groups):
-            warnings.warn("steps are not compiled: foreach selects torch's code", stacklevel=2)
+        whys = [RuleOptimizer._why_torch(self, group) for group in self.param_groups]
+        if all(whys):
+            warnings.warn(f"not compiled: {whys[0]} leaves the step to torch", stacklevel=2)
             return
         on_cpu = any(param.is_cpu for group in self.param_groups for param in group["params"])
         if on_cpu and not has_compiler(kwargs.get("backend", "inductor")):

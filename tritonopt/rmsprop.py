@@ -47,8 +47,9 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         maximize: ascend instead of descend.
         differentiable: let autograd run through :meth:`step`; selects torch's own implementation.
         fused_amp: let :class:`torch.amp.GradScaler` hand over its scale and whether gradients are
-            infinite, instead of writing the gradients. A step with infinite ones leaves no trace.
-            Only the step that makes state waits for the device. Lightning does not clip then.
+            infinite, instead of writing the gradients. A step with infinite ones changes nothing.
+            Only the step that makes state waits for the device. In mixed precision, Lightning
+            refuses `gradient_clip_val` then.
         max_grad_norm: the step counts gradients as if they had first been clipped to this 2-norm
             over all param groups, without writing them. From the first step that is not skipped
             on, :attr:`grad_norm` is a tensor with the norm before: of all ranks under FSDP2, of

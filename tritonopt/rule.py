@@ -71,7 +71,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _check(self, group: dict[str, Any]) -> None:
         """Raises ValueError where an option has a wrong value or does not go with another."""
-        for name in ("fused_amp", "max_grad_norm"):
+        for name in ("fused_amp", "max_grad_norm", "compile"):
             if name in group:
                 raise ValueError(f"{name} concerns all param groups: give it to the constructor")
         torchs = {name: v for name, v in self.defaults.items() if type(v) is not bool}
@@ -118,7 +118,9 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._check(group)
         self._units = Units(self)
         self._pack(self.param_groups)
-        if compile is not False and compile is not None:
+        if compile is not None and not isinstance(compile, (bool, dict)):
+            raise TypeError(f"compile is to be True, False or a dict, not {compile!r}")
+        if compile is not None and compile is not False:
             self.compile(**({} if compile is True else compile))  # type: ignore[attr-defined]
 
     def _pack(self, groups: Sequence[dict[str, Any]]) -> None:

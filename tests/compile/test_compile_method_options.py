@@ -108,8 +108,22 @@ def test_without_a_compiler():
 def test_where_torchs_code_was_chosen():
     """A warning says that nothing is compiled; groups without the choice are."""
     params = [torch.nn.Parameter(torch.ones(40)) for _ in range(2)]
-    with pytest.warns(UserWarning, match="foreach selects torch's code"):
+    with pytest.warns(UserWarning, match="not compiled: differentiable=True leaves"):
+        OURS["RMSprop"](params, differentiable=True, compile=True)
+    with pytest.warns(UserWarning, match="not compiled: foreach=True leaves the step to torch"):
         ours = OURS["RMSprop"](params, foreach=True, compile={"backend": "aot_eager"})
     assert "compile" not in ours.describe() and "torch" in ours.describe().splitlines()[1]
     groups = [{"params": params[:1], "foreach": True}, {"params": params[1:]}]
     assert "compiled" in OURS["RMSprop"](groups, compile={"backend": "aot_eager"}).describe()
+
+
+@pytest.mark.parametrize("compile", ["yes", 1, []])
+def test_neither_true_nor_a_dict(compile):
+    with pytest.raises(TypeError, match="compile is to be True, False or a dict"):
+        OURS["RMSprop"]([torch.nn.Parameter(torch.ones(4))], compile=compile)
+
+
+def test_ours_is_compiled_on_demand():
+    ours = OURS["Rprop"]([torch.nn.Parameter(torch.ones(4))])
+    assert tritonopt.from_torch(ours, compile={"backend": "aot_eager"}) is ours
+    assert "compiled" in ours.describe()

@@ -197,7 +197,11 @@ def test_the_callback_compiles(compile, monkeypatch):
     callback = FusedOptimizers(compile)
     trainer = lightning.Trainer(**{**QUIET, "max_epochs": 1, "callbacks": [callback]})
     trainer.fit(Module(TORCH["Rprop"]), loader())
-    assert calls == ([] if compile is False else [{} if compile is True else compile])
+    expected = [] if compile is False else [{} if compile is True else compile]
+    assert calls == expected
+    trainer = lightning.Trainer(**{**QUIET, "max_epochs": 1, "callbacks": [callback]})
+    trainer.fit(Module(OURS["Rprop"]), loader())  # which is ours already
+    assert calls == expected * 2
 
 
 @eager
@@ -256,9 +260,9 @@ class Data(lightning.LightningDataModule):
 @pytest.mark.slow
 @names
 def test_command_line(name):
-    """With the arguments of the README's command."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    command = next(line for line in readme.splitlines() if line.startswith("python train.py "))
+    """With the arguments of the recipe's command."""
+    page = (Path(__file__).parent / "README.md").read_text()
+    command = next(line for line in page.splitlines() if line.startswith("python train.py "))
     fit, *arguments = command.split()[2:]
 
     def run(library):

@@ -183,7 +183,9 @@ def test_wrong_norms(name, value):
         optimizer.step()
 
 
-@pytest.mark.parametrize("option", [{"max_grad_norm": 1.0}, {"fused_amp": True}], ids=str)
+@pytest.mark.parametrize(
+    "option", [{"max_grad_norm": 1.0}, {"fused_amp": True}, {"compile": True}], ids=str
+)
 def test_not_of_one_group(name, option):
     """Where it would be shown and have no effect."""
     group = {"params": parameters(), **option}

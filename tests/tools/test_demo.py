@@ -161,7 +161,7 @@ def test_as_a_module():
     done = run("--device", "cpu", "--optimizer", "rmsprop", "--steps", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert rows(done.stdout)["steps x batch"] == ["2 x 128"]
-    assert done.stdout.startswith("About 6 s on two cores") and not done.stderr
+    assert done.stdout.startswith("This takes about 6 s on two cores") and not done.stderr
 
 
 def block(package, monkeypatch):
