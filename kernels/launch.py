@@ -163,7 +163,8 @@ def rprop_(
     variant: str = "irprop-", loss_rose: bool = False,
 ) -> None:  # fmt: skip
     numbers = etaminus, etaplus, step_size_min, step_size_max, float(loss_rose)
-    launch.run(rprop_kernel, numbers, (bool(maximize), variant))
+    is_compact = len(launch.used) == 1  # both states in one
+    launch.run(rprop_kernel, numbers, (is_compact, bool(maximize), variant))
 
 
 _norm_grid = lru_cache(maxsize=16)(Grid)  # of which nothing belongs to one optimizer

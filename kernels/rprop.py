@@ -35,15 +35,36 @@ def rprop_rule(
 
 
 @triton.jit
+def compact_rprop_rule(
+    param, grad, code,
+    etaminus, etaplus, step_size_min, step_size_max, loss_rose,
+    MAXIMIZE: tl.constexpr, VARIANT: tl.constexpr,
+):  # fmt: skip
+    # `tritonopt/compact.py` says what lies where.
+    bits = code.to(tl.int32, bitcast=True)
+    prev = ((bits & 1) - (bits & 2)).to(tl.float32)
+    step_size = (bits & -4).to(tl.float32, bitcast=True)
+    param, prev, step_size = rprop_rule(
+        param, grad, prev, step_size,
+        etaminus, etaplus, step_size_min, step_size_max, loss_rose, MAXIMIZE, VARIANT,
+    )  # fmt: skip
+    sign = (prev > 0).to(tl.int32) - (prev < 0).to(tl.int32)
+    bits = step_size.to(tl.int32, bitcast=True)
+    bits = tl.where(step_size == step_size, (bits + 2) & -4, 0x7FC00000)  # of NaN, all may be 1
+    return param, (bits | (sign & 3)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def rprop_kernel(
     table_ptr, programs_ptr, factor_ptr, skip_ptr,
     etaminus: "fp64", etaplus: "fp64", step_size_min: "fp64", step_size_max: "fp64",
     loss_rose: "fp64",
-    MAXIMIZE: tl.constexpr, VARIANT: tl.constexpr,
+    COMPACT: tl.constexpr, MAXIMIZE: tl.constexpr, VARIANT: tl.constexpr,
     TYPES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     update(
-        table_ptr, programs_ptr, factor_ptr, skip_ptr, rprop_rule,
+        table_ptr, programs_ptr, factor_ptr, skip_ptr,
+        compact_rprop_rule if COMPACT else rprop_rule,
         (etaminus, etaplus, step_size_min, step_size_max, loss_rose, MAXIMIZE, VARIANT),
         TYPES, BLOCK,
     )  # fmt: skip

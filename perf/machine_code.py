@@ -76,8 +76,8 @@ def _rmsprop(*on: str) -> Kernel:
 
 def _rprop(variant: str, *on: str) -> Kernel:
     constants = {name: None for name in ("factor_ptr", "skip_ptr") if name not in on}
-    constants.update({"MAXIMIZE": "MAXIMIZE" in on, "VARIANT": variant})
-    return Kernel(rprop_kernel, constants, (True, True, True))
+    constants.update({name: name in on for name in ("COMPACT", "MAXIMIZE")}, VARIANT=variant)
+    return Kernel(rprop_kernel, constants, (True, True, *[True] * ("COMPACT" not in on)))
 
 
 KERNELS: dict[str, Kernel] = {
@@ -97,6 +97,8 @@ KERNELS: dict[str, Kernel] = {
     "rprop-": _rprop("rprop-"),
     "rprop+": _rprop("rprop+"),
     "irprop+": _rprop("irprop+"),
+    "rprop, compact": _rprop("irprop-", "COMPACT"),
+    "irprop+, compact": _rprop("irprop+", "COMPACT"),
     "rprop, scaled": _rprop("irprop-", "factor_ptr", "skip_ptr"),
     "irprop+, scaled": _rprop("irprop+", "factor_ptr", "skip_ptr"),
     "norm": Kernel(square_sum_kernel, {}, block=NORM_BLOCK),

@@ -186,6 +186,26 @@ def loss_scale(ours, theirs, folder):
     assert_equal(run(ours, fused_amp=True), run(ours))
 
 
+def compact(ours, theirs, folder):
+    """State in half the memory, sharded, and through a distributed checkpoint."""
+    outcomes = []
+    for options in ({}, {"compact": True}):
+        model = sharded()
+        optimizer = ours(model.parameters(), **options)
+        train(model, optimizer, 3)
+        again = ours(model.parameters(), **options)
+        set_optimizer_state_dict(model, again, get_optimizer_state_dict(model, optimizer))
+        train(model, again, 3, 3)
+        assert all(isinstance(again.state[p]["step_size"], DTensor) for p in model.parameters())
+        saved = whole(get_optimizer_state_dict(model, again)["state"])
+        outcomes.append((saved, whole([*model.parameters()])))
+    (plain, params), (small, others) = outcomes
+    torch.testing.assert_close(others, params)
+    for name, entry in plain.items():
+        assert torch.equal(small[name]["prev"], entry["prev"].sign()) and entry["step"] == 6
+        torch.testing.assert_close(small[name]["step_size"], entry["step_size"])
+
+
 def zero(make, bucket_view):
     model = network()
     wrapped = DistributedDataParallel(model)
@@ -292,10 +312,11 @@ def scenarios():
         writer, reader, before = way
         title = f"dcp, {engine}, {options}, {writer} to {reader}, step {before}"
         rows[title] = functools.partial(resume, writer, reader, engine, options, before)
-    return {
+    both = {
         f"{name}, {title}": functools.partial(run, *classes(name))
         for name, (title, run) in itertools.product(OURS, rows.items())
     }
+    return {**both, "Rprop, fsdp2, compact": functools.partial(compact, *classes("Rprop"))}
 
 
 def classes(name):

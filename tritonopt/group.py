@@ -80,7 +80,7 @@ class Group:
         shared = set() if self.why_torch else eligible.overlapping(rows)
         for index, param in enumerate(params):
             entry, has_gradient = state.get(param), for_a_step and param.grad is not None
-            why = self.why_torch or eligible.why_not_native(param)
+            why = self.why_torch or self.optimizer._why_not_native(param)
             missing = [key for key in self._keys() if why is None and entry and key not in entry]
             if has_gradient:
                 grad = local(param.grad)
@@ -212,7 +212,7 @@ class Group:
     def expected(self) -> list[tuple[Tensor, str | None]]:
         """Parameters that have no state yet, and why torch will update them, if it will."""
         real = (p for p in self.waiting if not is_lazy(p) and not p.is_meta and p.requires_grad)
-        return [(param, self.why_torch or eligible.why_not_native(param)) for param in real]
+        return [(param, self.why_torch or self.optimizer._why_not_native(param)) for param in real]
 
 
 def _looks(fallback: list[tuple[Tensor, str]]) -> list[tuple[Any, ...]]:

@@ -16,14 +16,17 @@ Positional arguments are lists of tensors. The others are those of :class:`trito
         alpha=0.99, eps=1e-8, weight_decay=0, momentum=0, maximize=False, eps_in_sqrt=False,
         lr_in_momentum=False, nesterov=False, decoupled_weight_decay=False, bias_correction=False)
     rprop_(params, grads, prevs, step_sizes, state_steps, *, etaminus=0.5, etaplus=1.2,
-        step_size_min=1e-6, step_size_max=50, maximize=False, variant="irprop-", loss_rose=False)
+        step_size_min=1e-6, step_size_max=50, maximize=False, variant="irprop-", loss_rose=False,
+        compact=False)
 
 Lists of one call have equal lengths; a list that is not used is empty: `grad_avgs`, which make the
-rule the centered one, and `momentum_buffers` without momentum. 1 is added to each of `state_steps`,
-however many there are. Every list may mix devices, dtypes and memory layouts; a gradient and the
-state of a parameter have its shape and device, and are all fp64 or all of fp16, bf16 and fp32. `lr`
-is a float or a tensor with one element. Where a compiled graph changes other hyperparameters
-without being compiled again, they are tensors, too: the overload `rmsprop_.tensor_hyper`.
+rule the centered one, `momentum_buffers` without momentum, and `prevs` if `compact`: both states of
+fp32 parameters are in `step_sizes` then, as `tritonopt.compact.encoded` makes them. 1 is added to
+each of `state_steps`, however many there are. Every list may mix devices, dtypes and memory
+layouts; a gradient and the state of a parameter have its shape and device, and are all fp64 or all
+of fp16, bf16 and fp32. `lr` is a float or a tensor with one element. Where a compiled graph changes
+other hyperparameters without being compiled again, they are tensors, too: the overload
+`rmsprop_.tensor_hyper`.
 
 Raises:
     ValueError: lengths or shapes differ, an option needs a list that is empty, or no such variant.
@@ -58,12 +61,12 @@ _RPROP = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] prevs, Tensor(c!)[] step_sizes, "
     "Tensor(d!)[] state_steps, *, Scalar etaminus=0.5, Scalar etaplus=1.2, "
     "Scalar step_size_min=1e-6, Scalar step_size_max=50, bool maximize=False, "
-    'str variant="irprop-", bool loss_rose=False) -> ()'
+    'str variant="irprop-", bool loss_rose=False, bool compact=False) -> ()'
 )
 
 RULES = {  # each with the state that it needs in any case
     "rmsprop_": Rule("RMSprop", eager.rmsprop_, rmsprop.launcher, rmsprop.STATE, ("square_avg",)),
-    "rprop_": Rule("Rprop", eager.rprop_, rprop.launcher, rprop.STATE, rprop.STATE),
+    "rprop_": rprop.PLAIN,
 }
 
 RECENT_PLANS = 4  # which parameters have gradients may alternate between a few patterns
@@ -76,8 +79,10 @@ def _update(name: str, defaults: dict[str, Any], *given: list[Tensor], **options
     params, grads, *columns, steps = given
     if not params:
         return
-    lists = params, *columns, steps
     hyper = {**defaults, **options}
+    if hyper.get("compact") and not columns[0]:
+        columns = columns[1:]
+    lists = params, *columns, steps
     for key, value in hyper.items():
         is_read_there = key == "lr" and isinstance(value, Tensor) and not value.is_cpu
         if not is_read_there and not isinstance(value, (bool, str)):
@@ -100,7 +105,10 @@ def _update(name: str, defaults: dict[str, Any], *given: list[Tensor], **options
 def _rule(name: str, lists: Lists, grads: list[Tensor], hyper: dict[str, Any]) -> Rule:
     """The rule that lists and options ask for; raises where one of them would have no effect."""
     params, *columns, steps = lists
-    rule, variant = RULES[name], hyper.get("variant", "irprop-")
+    is_compact, variant = hyper.pop("compact", False), hyper.get("variant", "irprop-")
+    if is_compact and (len(columns) > 1 or any(p.dtype != torch.float32 for p in params)):
+        raise ValueError(f"{name}: compact=True needs fp32 parameters, and prevs to be empty")
+    rule = rprop.COMPACT if is_compact else RULES[name]
     used = [key for key, column in zip(rule.state, columns, strict=True) if column]
     if variant not in eager.VARIANTS:
         raise ValueError(f"{name}: invalid variant {variant!r}, not one of {eager.VARIANTS}")

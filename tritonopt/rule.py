@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tritonopt import slab
 from tritonopt.eager import Scratch, apply
-from tritonopt.eligible import is_plain, why_watched
+from tritonopt.eligible import is_plain, why_not_native, why_watched
 from tritonopt.plan import Rule
 from tritonopt.scaling import is_number
 from tritonopt.shard import local
@@ -24,6 +24,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     _names: tuple[str, ...] = ()  # what a step looks at in a group besides options
     _options: dict[str, Any] = {}  # that torch does not have, with the values of torch's rule
     _like_gradient: tuple[str, ...] = ()  # state that torch makes in the gradient's dtype
+    _of_all_groups: tuple[str, ...] = ("fused_amp", "max_grad_norm", "compile")
     _stock: type[torch.optim.Optimizer] | None = None  # torch's optimizer of this rule
 
     def rule(self, group: dict[str, Any]) -> Rule:
@@ -37,6 +38,10 @@ class RuleOptimizer(torch.optim.Optimizer):
     def initial(self, key: str, group: dict[str, Any]) -> float:
         """The value with which a state tensor begins."""
         return 0.0
+
+    def _why_not_native(self, param: Tensor) -> str | None:
+        """Why a parameter is left to torch whatever its state and gradient are."""
+        return why_not_native(param)
 
     def update_by_torch(self, group: dict[str, Any]) -> None:
         """A step of `group` by torch's own code, without hooks; else by the eager rule."""
@@ -71,7 +76,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _check(self, group: dict[str, Any]) -> None:
         """Raises ValueError where an option has a wrong value or does not go with another."""
-        for name in ("fused_amp", "max_grad_norm", "compile"):
+        for name in self._of_all_groups:
             if name in group:
                 raise ValueError(f"{name} concerns all param groups: give it to the constructor")
         torchs = {name: v for name, v in self.defaults.items() if type(v) is not bool}
@@ -140,7 +145,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._pack(self.param_groups[-1:])
 
     def __getstate__(self) -> dict[str, Any]:
-        names = {"max_grad_norm", "_step_supports_amp_scaling", "_compile_kwargs"}
+        names = {*self._of_all_groups, "_step_supports_amp_scaling", "_compile_kwargs"}
         kept = names & vars(self).keys()
         return {**super().__getstate__(), **{name: vars(self)[name] for name in kept}}
 

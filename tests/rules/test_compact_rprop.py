@@ -1,0 +1,285 @@
+"""`Rprop(compact=True)`: torch's Rprop in half the state, to within a rounding of the step size."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from cases import give_gradients, parameters
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+import tritonopt
+from tritonopt.compact import decoded, encoded
+
+SHAPES = [(64,), (33, 5), (2000,), (1,), (), (0,)]
+
+
+def pair(device="cpu", shapes=SHAPES, **options):
+    params = parameters(shapes, device=device)
+    copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    if "variant" in options:
+        plain = tritonopt.Rprop(copies, **options)
+    else:
+        plain = torch.optim.Rprop(copies, foreach=False, **options)
+    return tritonopt.Rprop(params, compact=True, **options), plain, params, copies
+
+
+def bits(tensor):
+    return tensor.view(torch.int32)
+
+
+def assert_near(ours, theirs, params, copies, steps):
+    """Equal signs, and step sizes within 2 ulp per step: none may have been somewhere else."""
+    for one, other in zip(params, copies, strict=True):
+        if other not in theirs.state:
+            assert one not in ours.state
+            continue
+        entry, expected = ours.state[one], theirs.state[other]
+        assert entry.keys() == {"step", "step_size"} and entry["step"] == expected["step"]
+        sign, step_size = decoded(entry["step_size"].cpu())
+        assert torch.equal(sign, expected["prev"].cpu().sign())
+        size = expected["step_size"].cpu()
+        assert bool(((step_size - size).abs() <= 2 * steps * 2**-23 * size).all())
+        moved = (one - other).detach().abs()
+        assert bool((moved <= steps * 2**-22 * (1 + one.detach().abs())).all())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"maximize": True}, {"etas": (0.3, 1.7)}, {"step_sizes": (1e-3, 0.1)}, {"lr": 1e-7},
+     {"variant": "rprop-"}, {"variant": "rprop+"}],
+    ids=str,
+)  # fmt: skip
+def test_two_hundred_steps(options, device):
+    ours, theirs, params, copies = pair(device, **options)
+    steps = 40 if tritonopt.device.INTERPRET else 200
+    for step in range(1, steps + 1):
+        give_gradients(params, copies, {step % 7})
+        for param, twin in zip(params, copies, strict=True):
+            if param.grad is not None and step % 3 == 0 and param.dim():
+                param.grad[..., :1] = twin.grad[..., :1] = 0.0
+        ours.step()
+        theirs.step()
+        assert_near(ours, theirs, params, copies, step)
+
+
+def test_irprop_plus():
+    ours, theirs, params, copies = pair(variant="irprop+")
+    for step in range(1, 20):
+        give_gradients(params, copies)
+        loss = float(torch.randn(()))
+        ours.step(lambda loss=loss: loss)
+        theirs.step(lambda loss=loss: loss)
+        assert_near(ours, theirs, params, copies, step)
+
+
+def test_the_same_bits_compiled_and_as_op():
+    ours, _, params, _ = pair(shapes=[(300,), (5, 7)])
+    compiled, _, copies, _ = pair(shapes=[(300,), (5, 7)])
+    compiled.compile()
+    compiled_too = [p.detach().clone() for p in params]
+    codes = [torch.full_like(p, ours.initial("step_size", ours.param_groups[0])) for p in params]
+    steps = [torch.zeros(()) for _ in params]
+    for param, twin in zip(params, copies, strict=True):
+        twin.data.copy_(param)
+
+    @torch.compile(fullgraph=True, dynamic=False)
+    def op(*lists):
+        torch.ops.tritonopt.rprop_(*lists, compact=True, step_size_max=50)
+
+    for _ in range(5):
+        give_gradients(params, copies)
+        ours.step()
+        compiled.step()
+        op(compiled_too, [p.grad for p in params], [], codes, steps)
+        for i, (one, other) in enumerate(zip(params, copies, strict=True)):
+            code = ours.state[one]["step_size"]
+            assert torch.equal(one, other) and torch.equal(one, compiled_too[i])
+            assert torch.equal(bits(code), bits(compiled.state[other]["step_size"]))
+            assert torch.equal(bits(code), bits(codes[i]))
+
+
+def test_the_op_refuses_what_it_would_ignore():
+    one, op = [torch.ones(3)], torch.ops.tritonopt.rprop_
+    with pytest.raises(ValueError, match="prevs to be empty"):
+        op(one, one, [torch.ones(3)], [torch.ones(3)], [], compact=True)
+    with pytest.raises(ValueError, match="fp32"):
+        op([torch.ones(3).double()], one, [], [torch.ones(3)], [], compact=True)
+
+
+def test_a_product_that_underflows_has_a_sign():
+    """In torch two gradients of 1e-30 agree on nothing: their product is 0."""
+    ours, theirs, params, copies = pair(shapes=[(3,)])
+    for _ in range(2):
+        for param in (*params, *copies):
+            param.grad = torch.full((3,), 1e-30)
+        ours.step()
+        theirs.step()
+    (entry,), (expected,) = ours.state.values(), theirs.state.values()
+    torch.testing.assert_close(decoded(entry["step_size"])[1], torch.full((3,), 0.012))
+    torch.testing.assert_close(expected["step_size"], torch.full((3,), 0.01))
+
+
+def test_numbers_at_the_ends():
+    """Zero, subnormal, the largest, infinite, NaN; each with each sign."""
+    values = torch.tensor([0.0, 1e-45, 1e-38, 1.0, 50.0, 3.4e38, float("inf"), float("nan")])
+    for sign in (-1.0, 0.0, 1.0):
+        code = encoded(torch.full_like(values, sign), values)
+        signs, sizes = decoded(code)
+        assert torch.equal(signs, torch.full_like(values, sign))
+        number = values < 3e38
+        assert (bits(sizes) - bits(values)).abs()[number].max() <= 2
+        assert sizes[-2] == float("inf") and sizes[-1].isnan()
+
+
+# Checkpoints.
+
+
+def follow_on(ours, theirs, params, copies, steps):
+    for param, twin in zip(params, copies, strict=True):
+        twin.data.copy_(param.data)
+    for step in range(1, 6):
+        give_gradients(params, copies)
+        ours.step()
+        theirs.step()
+        assert_near(ours, theirs, params, copies, steps + step)
+
+
+def test_torchs_checkpoint_is_read():
+    ours, theirs, params, copies = pair()
+    for _ in range(3):
+        give_gradients(params, copies)
+        theirs.step()
+    theirs.param_groups[0]["foreach"] = None  # else it would ask for torch's code
+    saved = theirs.state_dict()
+    before = copy.deepcopy(saved)
+    ours.load_state_dict(saved)
+    assert str(before) == str(saved)  # nothing of the caller's is written to
+    follow_on(ours, theirs, params, copies, 3)
+
+
+def test_torchs_checkpoint_is_written():
+    ours, theirs, params, copies = pair()
+    for _ in range(4):
+        give_gradients(params, copies)
+        ours.step()
+        theirs.step()
+    state = theirs.state_dict()["state"]
+    file = io.BytesIO()
+    torch.save(ours.state_dict(), file)
+    saved = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    for key, entry in saved["state"].items():
+        assert [*entry] == [*state[key]] and torch.equal(entry["prev"], state[key]["prev"].sign())
+        assert entry["step_size"].dtype == entry["prev"].dtype == torch.float32
+    assert {param: [*entry] for param, entry in ours.state.items()} == {
+        param: ["step", "step_size"] for param in params
+    }
+    theirs.load_state_dict(saved)
+    follow_on(ours, theirs, params, copies, 4)
+
+
+@pytest.mark.parametrize("way", ["state_dict", "deepcopy", "pickle"])
+def test_nothing_is_lost_on_the_way(way):
+    ours, _, params, _ = pair()
+    for _ in range(3):
+        give_gradients(params, params)
+        ours.step()
+    if way == "state_dict":
+        other = tritonopt.Rprop(params, compact=True)
+        other.load_state_dict(ours.state_dict())
+    else:
+        other = copy.deepcopy(ours) if way == "deepcopy" else pickle.loads(pickle.dumps(ours))
+    assert other.compact and "compact=True" in other.describe()
+    for entry, expected in zip(other.state.values(), ours.state.values(), strict=True):
+        assert entry["step"] == expected["step"] and entry.keys() == expected.keys()
+        assert torch.equal(bits(entry["step_size"]), bits(expected["step_size"]))
+
+
+def test_gradients_in_half_precision():
+    """State is in fp32, also of a copy; in torch, step sizes have the gradient's dtype."""
+    (param,) = parameters([(3,)])
+    ours = pickle.loads(pickle.dumps(tritonopt.Rprop([param], compact=True)))
+    (param,) = ours.param_groups[0]["params"]
+    param.grad_dtype = torch.bfloat16
+    param.grad = torch.ones(3, dtype=torch.bfloat16)
+    ours.step()
+    assert ours.state[param]["step_size"].dtype == torch.float32
+    torch.testing.assert_close(ours.state_dict()["state"][0]["step_size"], torch.full((3,), 0.01))
+
+
+def test_hooks_see_torchs_state():
+    ours, _, params, _ = pair(shapes=[(3,)])
+    give_gradients(params, params)
+    ours.step()
+    seen = []
+    ours.register_state_dict_post_hook(lambda _, saved: seen.append([*saved["state"][0]]))
+    ours.state_dict()
+    assert seen == [["step", "prev", "step_size"]]
+
+
+def test_the_dummy_step_leaves_it_trainable():
+    model = torch.nn.Linear(4, 3)
+    twin = copy.deepcopy(model)
+    ours = tritonopt.Rprop(model.parameters(), lr=0.1, compact=True)
+    get_optimizer_state_dict(model, ours)
+    other = tritonopt.Rprop(model.parameters(), lr=0.1, compact=True)
+    other.load_state_dict(ours.state_dict())
+    theirs = torch.optim.Rprop(twin.parameters(), lr=0.1, foreach=False)
+    params, copies = [*model.parameters()], [*twin.parameters()]
+    for step in range(1, 4):
+        give_gradients(params, copies)
+        other.step()
+        theirs.step()
+        assert_near(other, theirs, params, copies, step)
+
+
+# What it refuses, and what it tells.
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64])
+def test_other_dtypes_are_refused(dtype):
+    param = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+    optimizer = tritonopt.Rprop([param], compact=True)
+    param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match="compact=True is not in torch's.*it is "):
+        optimizer.step()
+    assert not optimizer.state and torch.equal(param, torch.ones_like(param))
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"differentiable": True}], ids=str)
+def test_refused_with_torchs_code(options):
+    with pytest.raises(ValueError, match="compact=True is not in torch's code"):
+        tritonopt.Rprop(parameters([(3,)]), compact=True, **options)
+
+
+def test_not_of_one_group():
+    with pytest.raises(ValueError, match="compact concerns all param groups"):
+        tritonopt.Rprop([{"params": parameters([(3,)]), "compact": True}])
+
+
+def test_what_it_moves():
+    ours = tritonopt.Rprop(parameters([(100,)]), compact=True)
+    lines = ours.describe().splitlines()
+    assert lines[1].split()[-1] == "2,000" and "group 0: compact=True" in lines
+
+
+def test_scaled_and_clipped():
+    """The factor that clips leaves every sign: the same training, but for gradients of NaN."""
+    params, copies = parameters(SHAPES), parameters(SHAPES)
+    for param, twin in zip(params, copies, strict=True):
+        twin.data.copy_(param.data)
+    one = tritonopt.Rprop(params, compact=True, max_grad_norm=0.1, fused_amp=True)
+    other = tritonopt.Rprop(copies, compact=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for turn in range(4):
+        for param, twin in zip(params, copies, strict=True):
+            twin.grad = torch.randn_like(twin)
+            param.grad = twin.grad * 2 if turn != 2 else torch.full_like(twin, torch.inf)
+        scaler.scale(torch.zeros(()))
+        scaler.step(one)
+        scaler.update(2.0)
+        if turn != 2:
+            other.step()
+        for param, twin in zip(params, copies, strict=True):
+            assert torch.equal(param, twin)
