@@ -135,7 +135,8 @@ def rmsprop_(
     launch: Launch, *,
     lr: float | Tensor, alpha: float, eps: float, weight_decay: float, momentum: float,
     maximize: bool, eps_in_sqrt: bool = False, lr_in_momentum: bool = False, nesterov: bool = False,
-    decoupled_weight_decay: bool = False, step: float | Tensor | None = None,
+    decoupled_weight_decay: bool = False, nan_safe: bool = False,
+    step: float | Tensor | None = None,
 ) -> None:  # fmt: skip
     _, centered, has_buffer = launch.used
     lr_ptr = gain_ptr = None
@@ -152,7 +153,7 @@ def rmsprop_(
         rmsprop_kernel,
         (float(lr), alpha, eps, weight_decay, momentum, gain),
         (bool(maximize), bool(weight_decay != 0), centered, has_buffer, eps_in_sqrt,
-         lr_in_momentum, nesterov, decoupled_weight_decay, step is not None),
+         lr_in_momentum, nesterov, decoupled_weight_decay, nan_safe, step is not None),
         (lr_ptr, gain_ptr),
     )  # fmt: skip
 

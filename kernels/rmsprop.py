@@ -13,7 +13,7 @@ def rmsprop_rule(
     lr, alpha, eps, weight_decay, momentum, gain,
     MAXIMIZE: tl.constexpr, DECAY: tl.constexpr, CENTERED: tl.constexpr, MOMENTUM: tl.constexpr,
     EPS_IN_SQRT: tl.constexpr, LR_IN_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-    DECOUPLED: tl.constexpr, BIAS_CORRECTION: tl.constexpr,
+    DECOUPLED: tl.constexpr, NAN_SAFE: tl.constexpr, BIAS_CORRECTION: tl.constexpr,
 ):  # fmt: skip
     # Products are fused where torch's eager operators fuse them: the same bits follow.
     dtype: tl.constexpr = param.dtype
@@ -34,7 +34,7 @@ def rmsprop_rule(
         if BIAS_CORRECTION:  # not divided as fp64, which takes a call and its stack
             inverse = div_rn(inverse, tl.cast(gain * gain, dtype))
         avg = addcmul(avg, grad_avg, grad_avg, inverse)
-        if BIAS_CORRECTION:
+        if BIAS_CORRECTION or NAN_SAFE:
             avg = tl.maximum(avg, 0.0, tl.PropagateNan.ALL)
     if EPS_IN_SQRT:
         avg = sqrt_rn(avg + tl.cast(eps, dtype))
@@ -61,7 +61,7 @@ def rmsprop_kernel(
     lr: "fp64", alpha: "fp64", eps: "fp64", weight_decay: "fp64", momentum: "fp64", gain: "fp64",
     MAXIMIZE: tl.constexpr, DECAY: tl.constexpr, CENTERED: tl.constexpr, MOMENTUM: tl.constexpr,
     EPS_IN_SQRT: tl.constexpr, LR_IN_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
-    DECOUPLED: tl.constexpr, BIAS_CORRECTION: tl.constexpr,
+    DECOUPLED: tl.constexpr, NAN_SAFE: tl.constexpr, BIAS_CORRECTION: tl.constexpr,
     TYPES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if lr_ptr is not None:
@@ -72,6 +72,6 @@ def rmsprop_kernel(
     update(
         table_ptr, programs_ptr, factor_ptr, skip_ptr, rmsprop_rule,
         (lr, alpha, eps, weight_decay, momentum, gain, MAXIMIZE, DECAY, CENTERED, MOMENTUM,
-         EPS_IN_SQRT, LR_IN_MOMENTUM, NESTEROV, DECOUPLED, BIAS_CORRECTION),
+         EPS_IN_SQRT, LR_IN_MOMENTUM, NESTEROV, DECOUPLED, NAN_SAFE, BIAS_CORRECTION),
         TYPES, BLOCK,
     )  # fmt: skip

@@ -48,7 +48,7 @@ OPTIONAL = {"factor_ptr": "*fp32", "skip_ptr": "*fp32", "lr_ptr": "*fp32", "gain
 """Arguments that may be absent. On the device: what gradients are multiplied by, whether the step
 is skipped, the learning rate, and the gains of bias correction."""
 _TORCH = ("MAXIMIZE", "DECAY", "CENTERED", "MOMENTUM")
-_MORE = ("EPS_IN_SQRT", "LR_IN_MOMENTUM", "NESTEROV", "DECOUPLED", "BIAS_CORRECTION")
+_MORE = ("EPS_IN_SQRT", "LR_IN_MOMENTUM", "NESTEROV", "DECOUPLED", "NAN_SAFE", "BIAS_CORRECTION")
 
 
 class Kernel(NamedTuple):
@@ -87,6 +87,7 @@ KERNELS: dict[str, Kernel] = {
     "rmsprop, all of torch": _rmsprop(*_TORCH),
     "rmsprop, eps in sqrt": _rmsprop("EPS_IN_SQRT"),
     "rmsprop, bias correction": _rmsprop("BIAS_CORRECTION"),
+    "rmsprop, centered, nan safe": _rmsprop("CENTERED", "NAN_SAFE"),
     "rmsprop, decoupled": _rmsprop("DECAY", "DECOUPLED"),
     "rmsprop, lr in momentum": _rmsprop("MOMENTUM", "LR_IN_MOMENTUM"),
     "rmsprop, nesterov": _rmsprop("MOMENTUM", "NESTEROV"),

@@ -72,7 +72,7 @@ def rmsprop_(
     momentum_buffer: Tensor | None, scratch: Scratch, *,
     lr: float, alpha: float, eps: float, weight_decay: float, momentum: float, maximize: bool,
     eps_in_sqrt: bool = False, lr_in_momentum: bool = False, nesterov: bool = False,
-    decoupled_weight_decay: bool = False, step: float | None = None,
+    decoupled_weight_decay: bool = False, nan_safe: bool = False, step: float | None = None,
     correction: float | None = None,
 ) -> None:  # fmt: skip
     """For bias correction, `step` is the number of steps with this one; graphs, which would compute
@@ -106,8 +106,8 @@ def rmsprop_(
             avg = avg - inverse * grad_avg * grad_avg
         else:
             avg = torch.addcmul(avg, grad_avg, grad_avg, value=-inverse, out=scratch.second)
-        if correction is not None:
-            avg.clamp_min_(0)  # exactly 0 at the first step, where rounding may fall below
+        if correction is not None or nan_safe:
+            avg.clamp_min_(0)  # 0 of a constant gradient, where rounding may fall below
     if eps_in_sqrt:
         avg = scratch.sqrt(torch.add(avg, scratch.number(eps), out=scratch.second))
     else:

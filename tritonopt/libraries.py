@@ -8,7 +8,7 @@ TENSORFLOW_LIKE = (
 )
 OPTIONS = {  # all that torch does not have, as both have them
     "eps_in_sqrt": True, "initial_scale": 1.0, "lr_in_momentum": False,
-    "nesterov": False, "bias_correction": False, "decoupled_weight_decay": False,
+    "nesterov": False, "bias_correction": False, "decoupled_weight_decay": False, "nan_safe": False,
 }  # fmt: skip
 TIMM_ALONE = ("decoupled_decay", "caution", "corrected_weight_decay")
 

@@ -14,7 +14,8 @@ Positional arguments are lists of tensors. The others are those of :class:`trito
 
     rmsprop_(params, grads, square_avgs, grad_avgs, momentum_buffers, state_steps, *, lr=1e-2,
         alpha=0.99, eps=1e-8, weight_decay=0, momentum=0, maximize=False, eps_in_sqrt=False,
-        lr_in_momentum=False, nesterov=False, decoupled_weight_decay=False, bias_correction=False)
+        lr_in_momentum=False, nesterov=False, decoupled_weight_decay=False, bias_correction=False,
+        nan_safe=False)
     rprop_(params, grads, prevs, step_sizes, state_steps, *, etaminus=0.5, etaplus=1.2,
         step_size_min=1e-6, step_size_max=50, maximize=False, variant="irprop-", loss_rose=False,
         compact=False)
@@ -55,7 +56,8 @@ _RMSPROP = (
     "Tensor(d!)[] momentum_buffers, Tensor(e!)[] state_steps, *, Scalar lr=1e-2, "
     "Scalar alpha=0.99, Scalar eps=1e-8, Scalar weight_decay=0, Scalar momentum=0, "
     "bool maximize=False, bool eps_in_sqrt=False, bool lr_in_momentum=False, "
-    "bool nesterov=False, bool decoupled_weight_decay=False, bool bias_correction=False) -> ()"
+    "bool nesterov=False, bool decoupled_weight_decay=False, bool bias_correction=False, "
+    "bool nan_safe=False) -> ()"
 )
 _RPROP = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] prevs, Tensor(c!)[] step_sizes, "
@@ -119,6 +121,8 @@ def _rule(name: str, lists: Lists, grads: list[Tensor], hyper: dict[str, Any]) -
     for key in ("momentum", "nesterov", "lr_in_momentum"):
         if hyper.get(key) and not columns[-1]:
             raise ValueError(f"{name} needs momentum_buffers for {key}")
+    if hyper.get("nan_safe") and not columns[1]:
+        raise ValueError(f"{name} needs grad_avgs for nan_safe")
     takes_step = hyper.pop("bias_correction", False)
     if takes_step and len(steps) != len(params):
         raise ValueError(f"{name} needs state_steps for bias_correction, one for each parameter")

@@ -15,7 +15,7 @@ from tritonopt.optimizer import FusedOptimizer
 from tritonopt.plan import Rule
 
 _HYPER = ("alpha", "eps", "weight_decay", "momentum", "maximize")
-_SWITCHES = ("eps_in_sqrt", "lr_in_momentum", "nesterov", "decoupled_weight_decay")
+_SWITCHES = ("eps_in_sqrt", "lr_in_momentum", "nesterov", "decoupled_weight_decay", "nan_safe")
 _BEYOND_TORCH = ("initial_scale", "bias_correction", *_SWITCHES)
 STATE = ("square_avg", "grad_avg", "momentum_buffer")
 
@@ -65,6 +65,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             the first one divides by ``eps`` alone: one gradient has no variance.
         decoupled_weight_decay: :math:`\theta` is multiplied by :math:`1 - \gamma \lambda` before
             the update, and the gradient left as it is.
+        nan_safe: with ``centered``, a variance that rounding makes negative counts as 0: ``eps``
+            alone divides then. In torch it gives NaN, to which a constant gradient leads.
 
     Options from ``fused_amp`` on are not torch's; from ``eps_in_sqrt`` on they change the rule, and
     raise where only torch's code can step. A checkpoint without them leaves them as they are.
@@ -76,7 +78,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     Raises:
         ValueError: a hyperparameter is negative, a tensor ``lr`` has several elements, ``nesterov``
             or ``lr_in_momentum`` has no ``momentum`` (with ``eps_in_sqrt`` and an ``initial_scale``
-            of 1, as in timm, the latter waits for one), ``bias_correction`` has an ``alpha`` of 1
+            of 1, as in timm, the latter waits for one), ``nan_safe`` is given without ``centered``,
+            ``bias_correction`` has an ``alpha`` of 1
             or more, ``max_grad_norm`` is not positive, or an option that changes the rule meets
             ``foreach`` or ``differentiable``.
         RuntimeError: ``fused_amp`` is given with ``differentiable``.
@@ -102,13 +105,13 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         capturable: bool = False, foreach: bool | None = None, maximize: bool = False,
         differentiable: bool = False, *, eps_in_sqrt: bool = False, lr_in_momentum: bool = False,
         initial_scale: float = 0.0, nesterov: bool = False, bias_correction: bool = False,
-        decoupled_weight_decay: bool = False, fused_amp: bool = False,
+        decoupled_weight_decay: bool = False, nan_safe: bool = False, fused_amp: bool = False,
         max_grad_norm: float | None = None, compile: bool | dict[str, Any] = False,
     ) -> None:  # fmt: skip
         options = dict(
             eps_in_sqrt=eps_in_sqrt, lr_in_momentum=lr_in_momentum, initial_scale=initial_scale,
             nesterov=nesterov, bias_correction=bias_correction,
-            decoupled_weight_decay=decoupled_weight_decay,
+            decoupled_weight_decay=decoupled_weight_decay, nan_safe=nan_safe,
         )  # fmt: skip
         super().__init__(
             params, lr, alpha, eps, weight_decay, momentum, centered,
@@ -152,6 +155,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         for name in ("nesterov",) if waits else ("nesterov", "lr_in_momentum"):
             if self._option(group, name) and group["momentum"] <= 0:
                 raise ValueError(f"{name}=True requires a momentum")
+        if self._option(group, "nan_safe") and not group["centered"]:
+            raise ValueError("nan_safe=True requires centered=True")
         if self._option(group, "bias_correction") and not group["alpha"] < 1:
             raise ValueError("bias_correction=True requires an alpha below 1")
 
