@@ -122,7 +122,8 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
     def initial(self, key: str, group: dict[str, Any]) -> float:
         start = float(group["lr"]) if key == "step_size" else 0.0
         if self.compact:  # without what would be a sign
-            start = float(encoded(torch.zeros(1), torch.tensor([start], dtype=torch.float32)))
+            size = torch.tensor(start, dtype=torch.float32, device="cpu")
+            start = float(encoded(torch.zeros_like(size), size))
         return start
 
     def _beyond_torch(self, group: dict[str, Any]) -> str:
