@@ -196,7 +196,8 @@ def compact(ours, theirs, folder):
         again = ours(model.parameters(), **options)
         set_optimizer_state_dict(model, again, get_optimizer_state_dict(model, optimizer))
         train(model, again, 3, 3)
-        assert all(isinstance(again.state[p]["step_size"], DTensor) for p in model.parameters())
+        key = "signed_step_size" if options else "step_size"
+        assert all(isinstance(again.state[p][key], DTensor) for p in model.parameters())
         saved = whole(get_optimizer_state_dict(model, again)["state"])
         outcomes.append((saved, whole([*model.parameters()])))
     (plain, params), (small, others) = outcomes

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from tritonopt.eager import Scratch, rprop_
+from tritonopt.eligible import same_layout
 from tritonopt.shard import local
+
+KEY = "signed_step_size"  # of the state: none of torch's, whose tensors must not be mistaken for it
 
 
 def encoded(prev: Tensor, step_size: Tensor) -> Tensor:
@@ -44,22 +47,41 @@ def compact_rprop_(
     bits.add_(2).bitwise_and_(-4).bitwise_or_(signs)
 
 
-def compress(entry: dict[str, Any]) -> None:
-    """Makes torch's two tensors one."""
-    if "prev" in entry:
-        code = entry["step_size"].clone()  # what was loaded may belong to who loads it
-        # As the sum of another NaN and 2 may be a number.
-        local(code).nan_to_num_(torch.nan, torch.inf, -torch.inf)
-        local(code).copy_(encoded(local(entry.pop("prev")), local(code)))
-        entry["step_size"] = code
+@torch.inference_mode(False)
+def compressed(entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    """An entry with torch's two tensors as one with the one; any other in the parameter's layout.
+
+    Raises:
+        ValueError: where a sign would lie is none, as the tensor is not of fp32.
+    """
+    code = entry.get(KEY)
+    if isinstance(code, Tensor):
+        if code.dtype != torch.float32:
+            raise ValueError(f"{KEY} is to be of float32, not of {code.dtype}")
+        if same_layout(local(code), local(param)) or code.size() != param.size():
+            return entry
+        return {**entry, KEY: torch.empty_like(param, requires_grad=False).copy_(code)}
+    if not entry.keys() >= {"prev", "step_size"}:
+        return entry
+    prev, step_size = (local(entry[key]).float() for key in ("prev", "step_size"))
+    code = torch.empty_like(param, requires_grad=False)
+    # A NaN of its own: the sum of another one and 2 may be a number.
+    step_size = step_size.nan_to_num(torch.nan, torch.inf, -torch.inf)
+    local(code).copy_(encoded(prev, step_size))
+    rest = {key: value for key, value in entry.items() if key not in ("prev", "step_size")}
+    return {**rest, KEY: code}
 
 
 def expanded(entry: Any) -> Any:
     """Torch's two tensors, of the same type as the one: those of a checkpoint."""
-    if not isinstance(entry, dict) or "step_size" not in entry:
+    if not isinstance(entry, dict) or KEY not in entry:
         return entry
-    columns = entry["step_size"].clone(), entry["step_size"].clone()
-    for column, values in zip(columns, decoded(local(entry["step_size"])), strict=True):
-        local(column).copy_(values)
-    step = {"step": entry["step"]} if "step" in entry else {}
-    return {**step, "prev": columns[0], **entry, "step_size": columns[1]}
+    made = {}
+    for key, value in entry.items():
+        if key != KEY:
+            made[key] = value
+            continue
+        made.update(prev=torch.empty_like(value), step_size=torch.empty_like(value))
+        for name, column in zip(("prev", "step_size"), decoded(local(value)), strict=True):
+            local(made[name]).copy_(column)
+    return made

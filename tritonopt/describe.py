@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 from tritonopt import slab
 from tritonopt.device import path
 from tritonopt.group import Group
+from tritonopt.rule import RuleOptimizer
 from tritonopt.shard import local
 from tritonopt.sweep import Sweep
 from tritonopt.units import Units
@@ -20,9 +21,9 @@ SIDES = "><<<>>>>>"
 def in_force(units: Units) -> dict[str, Any]:
     """Options that torch does not have and that concern all groups, where they are on."""
     optimizer = units.optimizer  # itself: Lightning wraps it in what imitates its class
-    compiled = optimizer._sweep is not Sweep and (optimizer._compile_kwargs or True)
-    limit, fused_amp = optimizer.max_grad_norm, optimizer._has_fused_amp()
-    options = {"compile": compiled, "fused_amp": fused_amp, "max_grad_norm": limit}
+    options = optimizer._of_all_groups()
+    if optimizer._sweep is Sweep:
+        options["compile"] = False  # without a compiler
     return {name: value for name, value in options.items() if value}
 
 
@@ -32,7 +33,8 @@ def table(units: Units) -> str:
     sweep: Any = units.optimizer._sweep
     sweep_path = getattr(sweep, "func", sweep).path
     for index, known in enumerate(units.each_group()):
-        notes += [f"group {index}: {known.beyond_torch}"] if known.beyond_torch else []
+        options = RuleOptimizer._beyond_torch(units.optimizer, known.options)
+        notes += [f"group {index}: {options}"] if options else []
         totals: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
         reasons: Counter[str] = Counter()
         for kind, column, numel, nbytes, why in _members(known, sweep_path, units.packed):

@@ -81,6 +81,8 @@ class Group:
         for index, param in enumerate(params):
             entry, has_gradient = state.get(param), for_a_step and param.grad is not None
             why = self.why_torch or self.optimizer._why_not_native(param)
+            if for_a_step and entry and why is None:
+                entry = state[param] = self.optimizer._fitted(param, entry)
             missing = [key for key in self._keys() if why is None and entry and key not in entry]
             if has_gradient:
                 grad = local(param.grad)

@@ -71,6 +71,7 @@ RULES = {  # each with the state that it needs in any case
     "rprop_": rprop.PLAIN,
 }
 
+_FP32 = torch.float32
 RECENT_PLANS = 4  # which parameters have gradients may alternate between a few patterns
 _library = torch.library.Library("tritonopt", "DEF")
 _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by the first state tensor
@@ -108,8 +109,8 @@ def _rule(name: str, lists: Lists, grads: list[Tensor], hyper: dict[str, Any]) -
     """The rule that lists and options ask for; raises where one of them would have no effect."""
     params, *columns, steps = lists
     is_compact, variant = hyper.pop("compact", False), hyper.get("variant", "irprop-")
-    if is_compact and (len(columns) > 1 or any(p.dtype != torch.float32 for p in params)):
-        raise ValueError(f"{name}: compact=True needs fp32 parameters, and prevs to be empty")
+    if is_compact and (len(columns) > 1 or {t.dtype for t in (*params, *columns[0])} != {_FP32}):
+        raise ValueError(f"{name}: compact=True needs fp32 tensors, and prevs to be empty")
     rule = rprop.COMPACT if is_compact else RULES[name]
     used = [key for key, column in zip(rule.state, columns, strict=True) if column]
     if variant not in eager.VARIANTS:

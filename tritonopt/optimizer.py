@@ -81,8 +81,6 @@ class FusedOptimizer(RuleOptimizer):
     """
 
     _sweep: Callable[..., Sweep] = Sweep
-    _compile_kwargs: dict[str, Any] | None = None
-    max_grad_norm: float | None = None  # over all groups
 
     def __init__(
         self, params: Any, *args: Any, options: dict[str, Any] | None = None,
@@ -93,6 +91,8 @@ class FusedOptimizer(RuleOptimizer):
             self._step_supports_amp_scaling = True  # torch.amp.GradScaler looks for it
         if max_grad_norm is not None:
             self.max_grad_norm = checked_limit(max_grad_norm)
+        if compile is True or isinstance(compile, dict):
+            self._compile_kwargs = {} if compile is True else compile
         super().__init__(params, *args, **kwargs)
         if fused_amp and self.defaults.get("differentiable", False):
             raise RuntimeError("`fused_amp` does not support `differentiable`")
@@ -208,9 +208,8 @@ class FusedOptimizer(RuleOptimizer):
         torch.compile(lambda: None, **kwargs)  # raises where an option is wrong
         self._compile_kwargs = kwargs
         whys = [RuleOptimizer._why_torch(self, group) for group in self.param_groups]
-        if all(whys):
+        if whys and all(whys):
             warnings.warn(f"not compiled: {whys[0]} leaves the step to torch", stacklevel=2)
-            return
         on_cpu = any(param.is_cpu for group in self.param_groups for param in group["params"])
         if on_cpu and not has_compiler(kwargs.get("backend", "inductor")):
             warnings.warn("steps are eager: install a C++ compiler or name it in CXX", stacklevel=2)

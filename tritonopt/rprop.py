@@ -1,7 +1,6 @@
 """Rprop: `torch.optim.Rprop` in one kernel per step."""
 
 from array import array
-from collections import defaultdict
 from importlib import import_module
 from typing import Any
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from tritonopt import eager
-from tritonopt.compact import compact_rprop_, compress, encoded, expanded
+from tritonopt.compact import KEY, compact_rprop_, compressed, encoded, expanded
 from tritonopt.device import is_capturing
 from tritonopt.eager import VARIANTS, Variant
 from tritonopt.eligible import is_plain
@@ -53,10 +52,11 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
               put (Igel & Hüsken 2000). The loss is what the closure given to :meth:`step` returns;
               the last one is ``last_loss`` of the param group. With ``maximize``: if it fell.
         compact: 4 bytes of state an element in place of 8, and 20 bytes moved by a step in place of
-            28; fp32 only. Of ``prev``, which no step needs more of, the sign is kept, in the two
-            lowest bits of ``step_size``. Each step rounds that to within 2 units in the last place.
+            28; fp32 only. ``signed_step_size`` has the step size, with the sign of ``prev`` in its
+            two lowest bits: do not write to it. Each step rounds by 2 ulp at most.
             Where the product of two gradients underflows, torch counts 0, and this its sign.
-            Checkpoints are torch's in both directions, written with a ``prev`` of -1, 0 or 1.
+            Checkpoints are torch's in both directions, written with a ``prev`` of -1, 0 or 1, which
+            takes 8 bytes an element. To load one that was flattened raises an error.
 
     State is made, as in torch, at the first step at which a parameter has a gradient: ``step`` (a
     float32 scalar), and of the parameter's shape ``prev`` (the last gradient, 0 after a change of
@@ -84,9 +84,7 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         RPROP Algorithm (1993); C. Igel, M. Hüsken, Improving the Rprop Learning Algorithm (2000).
     """
 
-    compact = False
     _names = ("last_loss",)
-    _of_all_groups = (*FusedOptimizer._of_all_groups, "compact")
     _stock = torch.optim.Rprop
     _options = {"variant": "irprop-"}
 
@@ -97,14 +95,20 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         variant: Variant = "irprop-", fused_amp: bool = False, max_grad_norm: float | None = None,
         compile: bool | dict[str, Any] = False, compact: bool = False,
     ) -> None:  # fmt: skip
+        if not isinstance(compact, bool):
+            raise TypeError(f"compact is to be True or False, not {compact!r}")
         if compact:
-            self.compact = True
+            self._compact = True
         super().__init__(
             params, lr, etas, step_sizes,
             capturable=capturable, foreach=foreach, maximize=maximize,
             differentiable=differentiable, options={"variant": variant},
             fused_amp=fused_amp, max_grad_norm=max_grad_norm, compile=compile,
         )  # fmt: skip
+
+    @property
+    def compact(self) -> bool:
+        return getattr(self, "_compact", False)
 
     @property
     def _like_gradient(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -120,11 +124,14 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         return {**hyper, "maximize": group["maximize"], "variant": variant, "loss_rose": False}
 
     def initial(self, key: str, group: dict[str, Any]) -> float:
-        start = float(group["lr"]) if key == "step_size" else 0.0
-        if self.compact:  # without what would be a sign
+        start = float(group["lr"]) if key in ("step_size", KEY) else 0.0
+        if key == KEY:  # without what would be a sign
             size = torch.tensor(start, dtype=torch.float32, device="cpu")
             start = float(encoded(torch.zeros_like(size), size))
         return start
+
+    def _of_all_groups(self) -> dict[str, Any]:
+        return {**super()._of_all_groups(), "compact": self.compact}
 
     def _beyond_torch(self, group: dict[str, Any]) -> str:
         options = super()._beyond_torch(group)
@@ -135,21 +142,18 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
             return f"is {param.dtype}, not float32".replace("torch.", "")
         return super()._why_not_native(param)
 
+    def _fitted(self, param: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
+        return compressed(entry, param) if self.compact else entry
+
     def state_dict(self) -> dict[str, Any]:
-        """Torch's, also with ``compact=True``: `prev` is the sign of the last gradient then."""
-        state = self.state
-        if self.compact:
-            self.state = defaultdict(dict, {p: expanded(entry) for p, entry in state.items()})
+        """Torch's, also with ``compact=True``: it makes two tensors of each state then."""
+        if not self.compact:
+            return super().state_dict()
+        handle = self.register_state_dict_post_hook(_expand, prepend=True)  # before the user's
         try:
             return super().state_dict()
         finally:
-            self.state = state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if self.compact:
-            for entry in self.state.values():
-                compress(entry)
+            handle.remove()
 
     def _check(self, group: dict[str, Any]) -> None:
         if self._option(group, "variant") not in VARIANTS:
@@ -171,16 +175,18 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         return super()._why_torch(group)
 
     def _is_untrained(self, entry: Any) -> bool:
-        if not entry or not entry.keys() >= {"step", "step_size"}:
+        key = KEY if entry and KEY in entry else "step_size"
+        if not entry or not entry.keys() >= {"step", key}:
             return False
-        step, step_size = entry["step"], local(entry["step_size"])
+        step, step_size = entry["step"], local(entry[key])
         if not all(isinstance(t, Tensor) and is_plain(t) for t in (step, step_size)):
             return False
         return bool(step.numel() == 1 and step == 0 and not step_size.any())
 
     def _start(self, group: dict[str, Any], entry: Any) -> None:
-        lr = self.initial("step_size", group)
-        entry["step_size"].fill_(complex(lr, lr) if entry["step_size"].is_complex() else lr)
+        key = KEY if KEY in entry else "step_size"
+        lr = self.initial(key, group)
+        entry[key].fill_(complex(lr, lr) if entry[key].is_complex() else lr)
 
     def _loss_value(self, loss: Any) -> float | None:
         if all(self._option(group, "variant") != "irprop+" for group in self.param_groups):
@@ -208,4 +214,8 @@ def launcher() -> Any:
 
 
 PLAIN = Rule("Rprop", eager.rprop_, launcher, STATE, STATE)
-COMPACT = Rule("Rprop", compact_rprop_, launcher, STATE[1:], STATE[1:])
+COMPACT = Rule("Rprop", compact_rprop_, launcher, (KEY,), (KEY,))
+
+
+def _expand(optimizer: Any, saved: dict[str, Any]) -> None:
+    saved["state"] = {key: expanded(entry) for key, entry in saved["state"].items()}

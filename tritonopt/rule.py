@@ -24,7 +24,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     _names: tuple[str, ...] = ()  # what a step looks at in a group besides options
     _options: dict[str, Any] = {}  # that torch does not have, with the values of torch's rule
     _like_gradient: tuple[str, ...] = ()  # state that torch makes in the gradient's dtype
-    _of_all_groups: tuple[str, ...] = ("fused_amp", "max_grad_norm", "compile")
+    _compile_kwargs: dict[str, Any] | None = None
+    max_grad_norm: float | None = None  # over all groups
     _stock: type[torch.optim.Optimizer] | None = None  # torch's optimizer of this rule
 
     def rule(self, group: dict[str, Any]) -> Rule:
@@ -76,8 +77,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _check(self, group: dict[str, Any]) -> None:
         """Raises ValueError where an option has a wrong value or does not go with another."""
-        for name in self._of_all_groups:
-            if name in group:
+        for name, value in self._of_all_groups().items():  # ZeRO gives them to both
+            if name in group and group[name] != value:
                 raise ValueError(f"{name} concerns all param groups: give it to the constructor")
         torchs = {name: v for name, v in self.defaults.items() if type(v) is not bool}
         for name, value in {**(torchs if self._stock else {}), **self._options}.items():
@@ -87,6 +88,12 @@ class RuleOptimizer(torch.optim.Optimizer):
         why = self._why_torch(group) if option else None
         if why:
             raise ValueError(f"{option} is not in torch's code, which {why} selects: leave one out")
+
+    def _of_all_groups(self) -> dict[str, Any]:
+        """Options that torch does not have and that concern all groups."""
+        limit, compiled = self.max_grad_norm, self._compile_kwargs
+        compiled = (compiled or True) if compiled is not None else False  # type: ignore[assignment]
+        return {"fused_amp": self._has_fused_amp(), "max_grad_norm": limit, "compile": compiled}
 
     def _option(self, group: dict[str, Any], name: str) -> Any:
         """The value of an option that torch does not have."""
@@ -145,7 +152,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._pack(self.param_groups[-1:])
 
     def __getstate__(self) -> dict[str, Any]:
-        names = {*self._of_all_groups, "_step_supports_amp_scaling", "_compile_kwargs"}
+        names = {"max_grad_norm", "_step_supports_amp_scaling", "_compile_kwargs", "_compact"}
         kept = names & vars(self).keys()
         return {**super().__getstate__(), **{name: vars(self)[name] for name in kept}}
 
@@ -161,6 +168,10 @@ class RuleOptimizer(torch.optim.Optimizer):
             for param, entry in self.state.items():
                 if isinstance(param, Tensor) and isinstance(entry.get("step"), Tensor):
                     entry["step"] = entry["step"].to(param.device)
+
+    def _fitted(self, param: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
+        """State as the rule takes it, of what somebody has loaded or written."""
+        return entry
 
     def _is_untrained(self, entry: Any) -> bool:
         """Whether state was made by a dummy step: `_start` starts it from the options then."""

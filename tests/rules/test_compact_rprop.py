@@ -7,10 +7,14 @@ import pickle
 import pytest
 import torch
 from cases import give_gradients, parameters
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 import tritonopt
-from tritonopt.compact import decoded, encoded
+from tritonopt.compact import KEY, decoded, encoded
 
 SHAPES = [(64,), (33, 5), (2000,), (1,), (), (0,)]
 
@@ -36,8 +40,8 @@ def assert_near(ours, theirs, params, copies, steps):
             assert one not in ours.state
             continue
         entry, expected = ours.state[one], theirs.state[other]
-        assert entry.keys() == {"step", "step_size"} and entry["step"] == expected["step"]
-        sign, step_size = decoded(entry["step_size"].cpu())
+        assert entry.keys() == {"step", KEY} and entry["step"] == expected["step"]
+        sign, step_size = decoded(entry[KEY].cpu())
         assert torch.equal(sign, expected["prev"].cpu().sign())
         size = expected["step_size"].cpu()
         assert bool(((step_size - size).abs() <= 2 * steps * 2**-23 * size).all())
@@ -79,7 +83,7 @@ def test_the_same_bits_compiled_and_as_op():
     compiled, _, copies, _ = pair(shapes=[(300,), (5, 7)])
     compiled.compile()
     compiled_too = [p.detach().clone() for p in params]
-    codes = [torch.full_like(p, ours.initial("step_size", ours.param_groups[0])) for p in params]
+    codes = [torch.full_like(p, ours.initial(KEY, ours.param_groups[0])) for p in params]
     steps = [torch.zeros(()) for _ in params]
     for param, twin in zip(params, copies, strict=True):
         twin.data.copy_(param)
@@ -94,9 +98,9 @@ def test_the_same_bits_compiled_and_as_op():
         compiled.step()
         op(compiled_too, [p.grad for p in params], [], codes, steps)
         for i, (one, other) in enumerate(zip(params, copies, strict=True)):
-            code = ours.state[one]["step_size"]
+            code = ours.state[one][KEY]
             assert torch.equal(one, other) and torch.equal(one, compiled_too[i])
-            assert torch.equal(bits(code), bits(compiled.state[other]["step_size"]))
+            assert torch.equal(bits(code), bits(compiled.state[other][KEY]))
             assert torch.equal(bits(code), bits(codes[i]))
 
 
@@ -104,7 +108,7 @@ def test_the_op_refuses_what_it_would_ignore():
     one, op = [torch.ones(3)], torch.ops.tritonopt.rprop_
     with pytest.raises(ValueError, match="prevs to be empty"):
         op(one, one, [torch.ones(3)], [torch.ones(3)], [], compact=True)
-    with pytest.raises(ValueError, match="fp32"):
+    with pytest.raises(ValueError, match="fp32 tensors"):
         op([torch.ones(3).double()], one, [], [torch.ones(3)], [], compact=True)
 
 
@@ -117,7 +121,7 @@ def test_a_product_that_underflows_has_a_sign():
         ours.step()
         theirs.step()
     (entry,), (expected,) = ours.state.values(), theirs.state.values()
-    torch.testing.assert_close(decoded(entry["step_size"])[1], torch.full((3,), 0.012))
+    torch.testing.assert_close(decoded(entry[KEY])[1], torch.full((3,), 0.012))
     torch.testing.assert_close(expected["step_size"], torch.full((3,), 0.01))
 
 
@@ -173,7 +177,7 @@ def test_torchs_checkpoint_is_written():
         assert [*entry] == [*state[key]] and torch.equal(entry["prev"], state[key]["prev"].sign())
         assert entry["step_size"].dtype == entry["prev"].dtype == torch.float32
     assert {param: [*entry] for param, entry in ours.state.items()} == {
-        param: ["step", "step_size"] for param in params
+        param: ["step", KEY] for param in params
     }
     theirs.load_state_dict(saved)
     follow_on(ours, theirs, params, copies, 4)
@@ -191,9 +195,124 @@ def test_nothing_is_lost_on_the_way(way):
     else:
         other = copy.deepcopy(ours) if way == "deepcopy" else pickle.loads(pickle.dumps(ours))
     assert other.compact and "compact=True" in other.describe()
-    for entry, expected in zip(other.state.values(), ours.state.values(), strict=True):
-        assert entry["step"] == expected["step"] and entry.keys() == expected.keys()
-        assert torch.equal(bits(entry["step_size"]), bits(expected["step_size"]))
+    saved, expected = (optimizer.state_dict()["state"] for optimizer in (other, ours))
+    assert saved.keys() == expected.keys()
+    for entry, same in zip(saved.values(), expected.values(), strict=True):
+        assert entry.keys() == same.keys() and entry["step"] == same["step"]
+        assert torch.equal(entry["prev"], same["prev"])
+        assert torch.equal(bits(entry["step_size"]), bits(same["step_size"]))
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("started", [False, True], ids=["", "started"])
+def test_a_distributed_checkpoint(flatten, started):
+    """Flattened, torch hands over only the keys that state has: not those that it would need."""
+    model = torch.nn.Linear(4, 3)
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    ours, other = (tritonopt.Rprop(model.parameters(), compact=True) for _ in range(2))
+    for _ in range(3):
+        give_gradients([*model.parameters()], [*model.parameters()])
+        ours.step()
+    saved = get_optimizer_state_dict(model, ours, options=options)
+    if started:
+        other.step()
+    if flatten:
+        with pytest.raises((KeyError, ValueError), match="signed_step_size|is not a plain tensor"):
+            set_optimizer_state_dict(model, other, saved, options=options)
+            other.step()
+        return
+    set_optimizer_state_dict(model, other, saved, options=options)
+    ours.step()
+    other.step()
+    for entry, same in zip(other.state.values(), ours.state.values(), strict=True):
+        assert torch.equal(bits(entry[KEY]), bits(same[KEY]))
+
+
+def test_torchs_tensors_written_into_state():
+    """As ZeroRedundancyOptimizer does, and whoever knows torch's state."""
+    ours, theirs, params, copies = pair(shapes=[(6,), (3, 4)])
+    for _ in range(3):
+        give_gradients(params, copies)
+        theirs.step()
+    entries = [dict(theirs.state[twin]) for twin in copies]
+    for param, entry in zip(params, entries, strict=True):
+        ours.state[param] = {key: value.clone() for key, value in entry.items()}
+    assert "2" in ours.describe()
+    follow_on(ours, theirs, params, copies, 3)
+
+
+def test_state_that_lacks_something():
+    ours, theirs, params, copies = pair(shapes=[(6,), (3, 4)])
+    give_gradients(params, copies)
+    theirs.step()
+    theirs.param_groups[0]["foreach"] = None
+    saved = copy.deepcopy(theirs.state_dict())
+    del saved["state"][1]["prev"]
+    saved["state"]["global_step"] = 3
+    ours.load_state_dict(saved)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(KeyError, match="signed_step_size"):
+        ours.step()
+    assert all(map(torch.equal, params, before)) and ours.state["global_step"] == 3
+
+
+def test_a_model_that_is_another_one_for_a_while():
+    """In fp64 there is no step, in another memory layout there is."""
+    model = torch.nn.Conv2d(3, 4, 3)
+    twin = copy.deepcopy(model)
+    ours = tritonopt.Rprop(model.parameters(), compact=True)
+    theirs = torch.optim.Rprop(twin.parameters(), foreach=False)
+    params, copies = [*model.parameters()], [*twin.parameters()]
+    for step in range(1, 5):
+        give_gradients(params, copies)
+        if step == 2:
+            ours.load_state_dict(ours.state_dict())
+            model.double()
+            with pytest.raises(ValueError, match="float64, not float32"):
+                ours.step()
+            model.float()
+        if step == 3:
+            model.to(memory_format=torch.channels_last)
+        ours.step()
+        theirs.step()
+        assert_near(ours, theirs, params, copies, step)
+
+
+def test_state_in_half_precision_has_no_room_for_a_sign():
+    ours, _, params, _ = pair(shapes=[(6,)])
+    give_gradients(params, params)
+    ours.step()
+    ours.state[params[0]][KEY] = ours.state[params[0]][KEY].bfloat16()
+    with pytest.raises(ValueError, match="is to be of float32"):
+        ours.step()
+    with pytest.raises(ValueError, match="fp32 tensors"):
+        one, half = [torch.ones(3)], [torch.ones(3, dtype=torch.bfloat16)]
+        torch.ops.tritonopt.rprop_(one, one, [], half, [], compact=True)
+
+
+def test_loaded_in_inference_mode():
+    ours, _, params, _ = pair(shapes=[(6,)])
+    give_gradients(params, params)
+    ours.step()
+    with torch.inference_mode():
+        ours.load_state_dict(ours.state_dict())
+    ours.step()
+
+
+@pytest.mark.parametrize("options", [{"compact": True}, {"max_grad_norm": 1.0}], ids=str)
+def test_given_to_a_group_and_to_the_constructor(options):
+    """As ZeroRedundancyOptimizer does."""
+    group = {"params": parameters([(3,)]), **options}
+    optimizer = tritonopt.Rprop([group], **options)
+    assert str(next(iter(options))) in optimizer.describe()
+
+
+def test_it_is_said_once():
+    optimizer = tritonopt.Rprop(parameters([(3,)]))
+    with pytest.raises(AttributeError):
+        optimizer.compact = True
+    with pytest.raises(TypeError, match="compact is to be True or False"):
+        tritonopt.Rprop(parameters([(3,)]), compact="no")
 
 
 def test_gradients_in_half_precision():
@@ -204,7 +323,7 @@ def test_gradients_in_half_precision():
     param.grad_dtype = torch.bfloat16
     param.grad = torch.ones(3, dtype=torch.bfloat16)
     ours.step()
-    assert ours.state[param]["step_size"].dtype == torch.float32
+    assert ours.state[param][KEY].dtype == torch.float32
     torch.testing.assert_close(ours.state_dict()["state"][0]["step_size"], torch.full((3,), 0.01))
 
 
@@ -261,7 +380,7 @@ def test_not_of_one_group():
 def test_what_it_moves():
     ours = tritonopt.Rprop(parameters([(100,)]), compact=True)
     lines = ours.describe().splitlines()
-    assert lines[1].split()[-1] == "2,000" and "group 0: compact=True" in lines
+    assert lines[1].split()[-1] == "2,000" and "all groups: compact=True" in lines
 
 
 def test_scaled_and_clipped():
