@@ -177,6 +177,6 @@ def test_an_imitation_of_the_class_tells_what_the_optimizer_tells(name):
     give_gradients(params, params)
     optimizer.step()
     wrapper = Imitation(optimizer)
-    assert wrapper.describe() == optimizer.describe() and "compiled" in wrapper.describe()
+    assert wrapper.describe() == optimizer.describe() and "compile=" in wrapper.describe()
     assert wrapper.grad_norm is optimizer.grad_norm is not None
     assert "max_grad_norm: 2.0" in repr(wrapper)
