@@ -56,7 +56,7 @@ def test_a_constant_gradient(path, eps_in_sqrt, device):
         torch.ops.tritonopt.rmsprop_(*lists, [], [], **options)
     else:
         ours.step()
-    torch.testing.assert_close(before - param.detach(), 0.01 * update, rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(before - param.detach(), 0.01 * update, rtol=3e-2, atol=1e-3)
 
 
 def test_a_nan_stays_one():
