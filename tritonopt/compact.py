@@ -11,8 +11,9 @@ from torch import Tensor
 
 from tritonopt.eager import Scratch, rprop_
 from tritonopt.eligible import same_layout
-from tritonopt.shard import local
+from tritonopt.shard import local, same_shards
 
+TORCHS = ("prev", "step_size")
 KEY = "signed_step_size"  # of the state: none of torch's, whose tensors must not be mistaken for it
 
 
@@ -55,20 +56,22 @@ def compressed(entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
         ValueError: where a sign would lie is none, as the tensor is not of fp32.
     """
     code = entry.get(KEY)
-    if isinstance(code, Tensor):
+    if isinstance(code, Tensor):  # torch's two beside it count for nothing, now and later
         if code.dtype != torch.float32:
             raise ValueError(f"{KEY} is to be of float32, not of {code.dtype}")
         if same_layout(local(code), local(param)) or code.size() != param.size():
             return entry
         return {**entry, KEY: torch.empty_like(param, requires_grad=False).copy_(code)}
-    if not entry.keys() >= {"prev", "step_size"}:
-        return entry
-    prev, step_size = (local(entry[key]).float() for key in ("prev", "step_size"))
+    pair = [entry.get(key) for key in TORCHS]
+    tensors = [t for t in pair if isinstance(t, Tensor) and t.size() == param.size()]
+    if len(tensors) < 2 or not all(same_shards(param, tensor) for tensor in tensors):
+        return entry  # which lacks what the rule takes: the step says so
+    prev, step_size = (local(tensor).float() for tensor in tensors)
     code = torch.empty_like(param, requires_grad=False)
     # A NaN of its own: the sum of another one and 2 may be a number.
     step_size = step_size.nan_to_num(torch.nan, torch.inf, -torch.inf)
     local(code).copy_(encoded(prev, step_size))
-    rest = {key: value for key, value in entry.items() if key not in ("prev", "step_size")}
+    rest = {key: value for key, value in entry.items() if key not in TORCHS}
     return {**rest, KEY: code}
 
 
@@ -78,10 +81,10 @@ def expanded(entry: Any) -> Any:
         return entry
     made = {}
     for key, value in entry.items():
-        if key != KEY:
+        if key == KEY:
+            for name, column in zip(TORCHS, decoded(local(value)), strict=True):
+                made[name] = torch.empty_like(value)
+                local(made[name]).copy_(column)
+        elif key not in TORCHS:
             made[key] = value
-            continue
-        made.update(prev=torch.empty_like(value), step_size=torch.empty_like(value))
-        for name, column in zip(("prev", "step_size"), decoded(local(value)), strict=True):
-            local(made[name]).copy_(column)
     return made

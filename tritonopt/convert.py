@@ -24,7 +24,7 @@ def counterpart(optimizer: Optimizer) -> type[RMSprop | Rprop] | None:
 def from_torch(optimizer: Optimizer, compile: bool | dict[str, Any] = False) -> RMSprop | Rprop:
     """Turns a `torch.optim.RMSprop` or `Rprop` into ours, in the middle of a training or before.
 
-    So it does timm's `RMSpropTF` and Stable-Baselines3's `RMSpropTFLike`, with the options that
+    Timm's `RMSpropTF` and Stable-Baselines3's `RMSpropTFLike` become ours, too, with options that
     make ours the same rule. The object stays the same one, for schedulers and whoever else holds
     it; param groups, state and hooks are kept. A group of torch's with ``foreach=True`` or
     ``False`` still selects torch's implementation.

@@ -243,6 +243,39 @@ def test_torchs_tensors_written_into_state():
     follow_on(ours, theirs, params, copies, 3)
 
 
+def test_torchs_tensors_written_between_steps():
+    """In the place of its own. Beside it they count for nothing, as in each step before."""
+    ours, theirs, params, copies = pair(shapes=[(6,), (3, 4)])
+    for _ in range(2):
+        give_gradients(params, copies)
+        ours.step()
+        theirs.step()
+    give_gradients(params, copies)
+    theirs.step()
+    for param, twin in zip(params, copies, strict=True):
+        del ours.state[param][KEY]
+        ours.state[param].update({k: v.clone() for k, v in theirs.state[twin].items()})
+    follow_on(ours, theirs, params, copies, 3)
+    before = ours.state_dict()["state"][0]["step_size"]
+    ours.state[params[0]].update(prev=torch.ones(6), step_size=torch.ones(6))
+    ours._units.forget()
+    assert torch.equal(ours.state_dict()["state"][0]["step_size"], before)
+    del params[0].grad, copies[0].grad
+    ours.step()
+    assert torch.equal(ours.state_dict()["state"][0]["step_size"], before)
+
+
+@pytest.mark.parametrize("key", ["prev", "step_size"])
+def test_torchs_tensors_of_another_shape(key):
+    """Which would spread over all elements."""
+    ours, theirs, params, copies = pair(shapes=[(6,)])
+    give_gradients(params, copies)
+    theirs.step()
+    ours.state[params[0]] = {**theirs.state[copies[0]], key: torch.ones(1)}
+    with pytest.raises(KeyError, match="signed_step_size"):
+        ours.step()
+
+
 def test_state_that_lacks_something():
     ours, theirs, params, copies = pair(shapes=[(6,), (3, 4)])
     give_gradients(params, copies)
