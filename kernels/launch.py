@@ -15,12 +15,14 @@ from tritonopt.kernels.arithmetic import INTERPRETED
 from tritonopt.kernels.norm import square_sum_kernel
 from tritonopt.kernels.rmsprop import rmsprop_kernel
 from tritonopt.kernels.rprop import rprop_kernel
+from tritonopt.precision import Noise
 
 BLOCK, THREADS = 1024, 128  # 8 elements a thread: 128 bits of a tensor in half precision
 NORM_BLOCK = 4096  # elements of which one program adds up the squares: 32 a thread
 RECENT_TABLES = 8  # the caching allocator repeats itself with a short period
 REGISTERS = 168  # of a thread, at most, in fp64: three blocks of 128 share a multiprocessor's 65536
-TYPES = {getattr(torch, x): getattr(tl, x) for x in ("float16", "bfloat16", "float32", "float64")}
+NAMES = "float16", "bfloat16", "float32", "float64", "int16"
+TYPES = {getattr(torch, name): getattr(tl, name) for name in NAMES}
 
 Grads = Sequence[Tensor | None]
 Columns = Sequence[Sequence[Tensor] | None]  # what a kernel writes; None: no such state
@@ -28,13 +30,18 @@ Columns = Sequence[Sequence[Tensor] | None]  # what a kernel writes; None: no su
 
 class Grid:
     """What a kernel reads first: programs (index of a tensor << 32 | index of its block), and a
-    table with a row for each tensor: numel, the addresses of its gradient and of each column."""
+    table with a row for each tensor: numel, the addresses of its gradient and of each column, and
+    its origin, if there is one."""
 
-    def __init__(self, numels: Sequence[int], columns: Columns, device: torch.device, block: int):
+    def __init__(
+        self, numels: Sequence[int], columns: Columns, device: torch.device, block: int,
+        origins: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
         self.numels, self.device, self.block = numels, device, block
         self.types = [column and TYPES[column[0].dtype] for column in columns]
         none = [0] * len(numels)
         found = [none if column is None else [t.data_ptr() for t in column] for column in columns]
+        found += [] if origins is None else [origins]
         rows = torch.tensor([numels, none, *found], dtype=torch.int64, device="cpu")
         self._rows = rows.t().contiguous()
         blocks = (rows[0] + block - 1) // block
@@ -103,25 +110,40 @@ class Grid:
 class Launch(Grid):
     """The update of `params` and their state, which must not move as long as it is used."""
 
-    def __init__(self, rule: Callable[..., None], params: Sequence[Tensor], columns: Columns):
-        super().__init__([p.numel() for p in params], [params, *columns], params[0].device, BLOCK)
+    def __init__(
+        self, rule: Callable[..., None], params: Sequence[Tensor], columns: Columns,
+        origins: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        numels = [param.numel() for param in params]
+        super().__init__(numels, [params, *columns], params[0].device, BLOCK, origins)
         self.rule = rule
-        self.used = [column is not None for column in columns]
+        states = [c for c in columns if c is None or c[0].dtype is not torch.int16]
+        self.used = [state is not None for state in states]
 
     def __call__(
         self, grads: Grads, hyper: dict[str, Any],
-        factor: Tensor | None = None, skip: Tensor | None = None,
+        factor: Tensor | None = None, skip: Tensor | None = None, noise: Noise | None = None,
     ) -> None:  # fmt: skip
         """Updates what has a gradient, which has its parameter's strides and counts `factor` times;
-        nothing is updated where `skip` is not 0."""
+        nothing is updated where `skip` is not 0. `noise`: by which bf16 is rounded."""
         given = next((grad for grad in grads if grad is not None), None)
         if given is None or not len(self.programs):
             return
         with torch.accelerator.device_index(self.device.index):
             both = factor, skip
             both = [x if x is None else x.to(self.device, non_blocking=True) for x in both]
-            self.pointers, self.grad_dtype = (*self.tables(grads), *both), given.dtype
+            keys = None if noise is None else self._keys(noise)
+            self.pointers, self.grad_dtype = (*self.tables(grads), *both, keys), given.dtype
             self.rule(self, **hyper)
+
+    def _keys(self, noise: Noise) -> Tensor:
+        """Of each tensor's random bits."""
+        steps: Any = noise.steps
+        if not isinstance(steps, Tensor):
+            key = int(steps) << 32 | noise.seed
+            return torch.full((len(self.numels),), key, dtype=torch.int64, device=self.device)
+        steps = self._upload(steps.long()) if steps.is_cpu else steps.long()
+        return steps << 32 | noise.seed  # type: ignore[no-any-return]
 
     def run(
         self, kernel: Any, numbers: Sequence[float], switches: Sequence[bool | str] = (),

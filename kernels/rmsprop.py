@@ -57,7 +57,7 @@ def rmsprop_rule(
 
 @triton.jit
 def rmsprop_kernel(
-    table_ptr, programs_ptr, factor_ptr, skip_ptr, lr_ptr, gain_ptr,
+    table_ptr, programs_ptr, factor_ptr, skip_ptr, noise_ptr, lr_ptr, gain_ptr,
     lr: "fp64", alpha: "fp64", eps: "fp64", weight_decay: "fp64", momentum: "fp64", gain: "fp64",
     MAXIMIZE: tl.constexpr, DECAY: tl.constexpr, CENTERED: tl.constexpr, MOMENTUM: tl.constexpr,
     EPS_IN_SQRT: tl.constexpr, LR_IN_MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
@@ -70,7 +70,7 @@ def rmsprop_kernel(
         program = tl.load(programs_ptr + tl.program_id(0))
         gain = tl.load(gain_ptr + (program >> 32)).to(tl.float64)
     update(
-        table_ptr, programs_ptr, factor_ptr, skip_ptr, rmsprop_rule,
+        table_ptr, programs_ptr, factor_ptr, skip_ptr, noise_ptr, rmsprop_rule,
         (lr, alpha, eps, weight_decay, momentum, gain, MAXIMIZE, DECAY, CENTERED, MOMENTUM,
          EPS_IN_SQRT, LR_IN_MOMENTUM, NESTEROV, DECOUPLED, NAN_SAFE, BIAS_CORRECTION),
         TYPES, BLOCK,

@@ -56,14 +56,14 @@ def compact_rprop_rule(
 
 @triton.jit
 def rprop_kernel(
-    table_ptr, programs_ptr, factor_ptr, skip_ptr,
+    table_ptr, programs_ptr, factor_ptr, skip_ptr, noise_ptr,
     etaminus: "fp64", etaplus: "fp64", step_size_min: "fp64", step_size_max: "fp64",
     loss_rose: "fp64",
     COMPACT: tl.constexpr, MAXIMIZE: tl.constexpr, VARIANT: tl.constexpr,
     TYPES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     update(
-        table_ptr, programs_ptr, factor_ptr, skip_ptr,
+        table_ptr, programs_ptr, factor_ptr, skip_ptr, noise_ptr,
         compact_rprop_rule if COMPACT else rprop_rule,
         (etaminus, etaplus, step_size_min, step_size_max, loss_rose, MAXIMIZE, VARIANT),
         TYPES, BLOCK,

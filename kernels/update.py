@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from tritonopt.kernels.arithmetic import INTERPRETED
+from tritonopt.kernels.precision import joined, rounded, split
 
 PIECES: tl.constexpr = tl.constexpr(1 if INTERPRETED.value else 4)
 """In which a masked block is updated, one after the other: else it takes 72 registers a thread in
@@ -16,14 +17,16 @@ place of 48 (more of them in README.md). The interpreter is slower the more piec
 
 @triton.jit
 def update(
-    table_ptr, programs_ptr, factor_ptr, skip_ptr, RULE: tl.constexpr, arguments,
+    table_ptr, programs_ptr, factor_ptr, skip_ptr, noise_ptr, RULE: tl.constexpr, arguments,
     TYPES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Up to BLOCK elements of one tensor. TYPES: of what the addresses in a row are of."""
+    """Up to BLOCK elements of one tensor. TYPES: of what the addresses in a row are of; where the
+    last is int16, it holds the lower halves of the parameter."""
     # A row of the table: numel, the addresses of gradient, parameter and states; 0 where there is
-    # no gradient, or no such state.
+    # no gradient, or no such state. With noise, also where the tensor's counters begin.
+    WIDTH: tl.constexpr = len(TYPES) + (1 if noise_ptr is None else 2)
     program = tl.load(programs_ptr + tl.program_id(0))
-    row_ptr = table_ptr + (program >> 32) * (1 + len(TYPES))
+    row_ptr = table_ptr + (program >> 32) * WIDTH
     start = (program & 0xFFFFFFFF) * BLOCK
     left = tl.load(row_ptr) - start
     addresses, bits = (), 0
@@ -33,26 +36,35 @@ def update(
     present = addresses[0] != 0
     if skip_ptr is not None:
         present = present & (tl.load(skip_ptr) == 0)
+    noise = None
+    if noise_ptr is not None:
+        noise = tl.load(noise_ptr + (program >> 32)), tl.load(row_ptr + WIDTH - 1)
 
     # A mask whose bound may not divide by 16 makes every access scalar, hence two paths. The one
     # with a mask takes few elements at a time: else it would raise the registers of both.
     if present & (bits % 16 == 0) & (left >= BLOCK):
-        piece(addresses, start, tl.arange(0, BLOCK), None, 16, factor_ptr, RULE, arguments, TYPES)
+        piece(
+            addresses, start, BLOCK, None, 16, factor_ptr, noise, RULE, arguments, TYPES
+        )  # fmt: skip
     elif present:
         offs = tl.arange(0, BLOCK // PIECES)
         end = tl.minimum(left, BLOCK).to(tl.int32)
         first = 0
         while first < end:  # not a range, which triton 3.6 cannot interpret with numpy 2.4
             mask = offs < end - first
-            piece(addresses, start + first, offs, mask, 1, factor_ptr, RULE, arguments, TYPES)
+            piece(
+                addresses, start + first, BLOCK // PIECES, mask, 1, factor_ptr, noise,
+                RULE, arguments, TYPES,
+            )  # fmt: skip
             first += BLOCK // PIECES
 
 
 @triton.jit
 def piece(
-    addresses, start, offs, mask, ALIGNMENT: tl.constexpr,
-    factor_ptr, RULE: tl.constexpr, arguments, TYPES: tl.constexpr,
+    addresses, start, NUMEL: tl.constexpr, mask, ALIGNMENT: tl.constexpr,
+    factor_ptr, noise, RULE: tl.constexpr, arguments, TYPES: tl.constexpr,
 ):  # fmt: skip
+    offs = tl.arange(0, NUMEL)
     COMPUTE: tl.constexpr = tl.float64 if TYPES[1] == tl.float64 else tl.float32
     ptrs, values = (), ()
     for column in tl.static_range(len(TYPES)):
@@ -61,18 +73,31 @@ def piece(
         else:
             ptr = addresses[column].to(tl.pointer_type(TYPES[column]))
             ptrs = ptrs + (tl.multiple_of(ptr, ALIGNMENT) + start + offs,)
-            values = values + (tl.load(ptrs[column], mask).to(COMPUTE),)
+            value = tl.load(ptrs[column], mask)
+            if TYPES[column] != tl.int16:
+                value = value.to(COMPUTE)
+            values = values + (value,)
     grad = values[0]
     if factor_ptr is not None:
         grad = grad * tl.load(factor_ptr).to(COMPUTE)
 
-    values = RULE(values[1], grad, *values[2:], *arguments)
+    if TYPES[-1] == tl.int16:
+        param = joined(values[1], values[-1])
+        values = RULE(param, grad, *values[2:-1], *arguments)
+        high, low = split(values[0])
+        values = (high,) + values[1:] + (low,)
+    else:
+        values = RULE(values[1], grad, *values[2:], *arguments)
 
     if differ(TYPES):  # then a thread may store other elements of a tensor than it has loaded
         tl.debug_barrier()
     for column in tl.static_range(1, len(TYPES)):
         if TYPES[column] is not None:
-            tl.store(ptrs[column], values[column - 1], mask)
+            value = values[column - 1]
+            if noise is not None and TYPES[column] == tl.bfloat16:
+                at = noise[1] + start // 8 + tl.arange(0, NUMEL // 8)
+                value = rounded(value, noise[0], at, column - 1)
+            tl.store(ptrs[column], value, mask)
 
 
 @triton.constexpr_function

@@ -28,12 +28,12 @@ def lion_rule(param, grad, exp_avg, lr, beta1, beta2, weight_decay):
 
 @triton.jit
 def lion_kernel(
-    table_ptr, programs_ptr, factor_ptr, skip_ptr,
+    table_ptr, programs_ptr, factor_ptr, skip_ptr, noise_ptr,
     lr: "fp64", beta1: "fp64", beta2: "fp64", weight_decay: "fp64",
     TYPES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     update(
-        table_ptr, programs_ptr, factor_ptr, skip_ptr,
+        table_ptr, programs_ptr, factor_ptr, skip_ptr, noise_ptr,
         lion_rule, (lr, beta1, beta2, weight_decay), TYPES, BLOCK,
     )  # fmt: skip
 

@@ -59,7 +59,7 @@ def _members(known: Group, sweep_path: str, packed: bool) -> Iterator[tuple[Any,
     """Of each parameter: device, dtype and path; the column that counts it; elements; bytes; why it
     is not packed. What has no state yet will be in one launch with its like."""
     expected = known.expected()
-    native = [(p, p.itemsize * (3 + 2 * len(known.rule.used))) for p, why in expected if not why]
+    native = [(p, known.expected_bytes(p)) for p, why in expected if not why]
     parts = known.plan.parts if known.plan is not None else []
     taken = [(known.native[i], part.bytes_per_element) for part in parts for i in part.indices]
     for param, per_element in (*taken, *native):

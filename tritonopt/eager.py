@@ -7,10 +7,13 @@ torch's for-loop optimizers, so that fp32 and fp64 agree to the last bit.
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import zip_longest
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from tritonopt.precision import HALF, joined, rounded, split
 
 hardtanh_backward = torch.ops.aten.hardtanh_backward
 threshold_backward = torch.ops.aten.threshold_backward
@@ -45,20 +48,31 @@ class Scratch:
 
 
 def computed_in(param: Tensor) -> torch.dtype:
-    is_half = param.dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if is_half else param.dtype
+    return torch.float32 if param.dtype in HALF else param.dtype
 
 
 def apply(
-    rule: Callable[..., None], grad: Tensor, tensors: Sequence[Any], scratch: Scratch, hyper: Any
-) -> None:
-    """A rule over one parameter and its state, `tensors`. What is half is rounded once."""
+    rule: Callable[..., None], grad: Tensor, tensors: Sequence[Any], scratch: Scratch, hyper: Any,
+    noise: Sequence[Tensor | None] = (),
+) -> None:  # fmt: skip
+    """A rule over one parameter and its state, `tensors`. What is half is rounded once.
+
+    A last tensor of int16 has the lower halves of the parameter. `noise`: by which random bits
+    each tensor is rounded; None, or none at all: to nearest.
+    """
     dtype = computed_in(tensors[0])
-    work = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
+    low = tensors[-1] if tensors[-1] is not None and tensors[-1].dtype is torch.int16 else None
+    tensors = tensors if low is None else tensors[:-1]
+    work: list[Any] = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
+    if low is not None:
+        work[0] = joined(tensors[0], low)
     rule(work[0], grad.to(dtype), *work[1:], scratch, **hyper)
-    for tensor, computed in zip(tensors, work, strict=True):
+    if low is not None:
+        work[0], rest = split(work[0])
+        low.copy_(rest)
+    for tensor, computed, bits in zip_longest(tensors, work, noise):
         if tensor is not None and tensor.dtype is not dtype:
-            tensor.copy_(computed)
+            tensor.copy_(computed if bits is None else rounded(computed, bits))
 
 
 @lru_cache(256)

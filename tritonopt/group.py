@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _get_capturable_supported_devices
 
-from tritonopt import eligible
+from tritonopt import eligible, precision
 from tritonopt.device import is_capturing, path
-from tritonopt.plan import Grads, Lists, Plan
+from tritonopt.plan import Grads, Lists, Plan, Rule
 from tritonopt.scaling import scaled
 from tritonopt.shard import is_sharded, local, same_shards
 from tritonopt.state import make_state
@@ -38,7 +38,7 @@ class Group:
     def __init__(self, optimizer: Any, groups: Sequence[dict[str, Any]]) -> None:
         self.optimizer, self.groups = optimizer, groups
         self.options = groups[0]
-        self.rule = optimizer.rule(self.options)
+        self.rule = _precise(optimizer.rule(self.options), self.options)
         self.why_torch: str | None = optimizer._why_torch(self.options)
         self.beyond_torch = optimizer._beyond_torch(self.options)
         self.capturable = bool(self.options.get("capturable"))
@@ -47,7 +47,8 @@ class Group:
     def with_options_of(self, other: "Group") -> "Group":
         """This one, if what was found is good for the options of the other one; else that one."""
         mine, theirs = (
-            (g.rule._replace(launcher=None), g.why_torch, g.capturable) for g in (self, other)
+            (g.rule._replace(launcher=None), g.why_torch, g.capturable)  # type: ignore[arg-type]
+            for g in (self, other)
         )
         # What is left to torch may be so no more, or raise.
         if mine != theirs or (self.params and self.fallback and other.beyond_torch):
@@ -80,9 +81,9 @@ class Group:
         shared = set() if self.why_torch else eligible.overlapping(rows)
         for index, param in enumerate(params):
             entry, has_gradient = state.get(param), for_a_step and param.grad is not None
-            why = self.why_torch or self.optimizer._why_not_native(param)
+            why = self.why_torch or self._why_not_native(param)
             if for_a_step and entry and why is None:
-                entry = state[param] = self.optimizer._fitted(param, entry)
+                entry = state[param] = self._fitted(param, entry)
             missing = [key for key in self._keys() if why is None and entry and key not in entry]
             if has_gradient:
                 grad = local(param.grad)
@@ -109,6 +110,9 @@ class Group:
                     f"parameter of size {tuple(param.size())}: it {why}"
                 )
 
+    def _why_not_native(self, param: Tensor) -> str | None:
+        return self.optimizer._why_not_native(param) or precision.why_not(self.options, param)
+
     def _keys(self) -> tuple[str, ...]:
         return "step", *self.rule.used
 
@@ -121,13 +125,26 @@ class Group:
             like = param.to(param.grad.dtype)  # type: ignore[union-attr]
             like_gradient = self.optimizer._like_gradient
             entry = {key: like if key in like_gradient else param for key in self.rule.used}
+            for key in self.rule.used:
+                entry[key] = entry[key].to(self._dtype_of(key, param) or entry[key].dtype)
         return eligible.why_not_together(param, param.grad, [entry[key] for key in self.rule.used])
+
+    def _dtype_of(self, key: str, param: Tensor) -> torch.dtype | None:
+        return precision.dtype_of(self.options, key, param)
+
+    def _fitted(self, param: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
+        """State as the rule and the options take it, of what somebody has loaded or written."""
+        entry = self.optimizer._fitted(param, entry)
+        return precision.fitted(self.options, param, entry, self.rule.used)
 
     def make_state(self, params: Sequence[Tensor]) -> None:
         optimizer = self.optimizer
-        starts = {key: optimizer.initial(key, self.options) for key in self.rule.used}
+        starts = dict.fromkeys(self.rule.used, 0.0)
+        for key in starts.keys() - {precision.REMAINDER}:
+            starts[key] = optimizer.initial(key, self.options)
         on_device = self.capturable or optimizer._has_fused_amp()
-        make_state(optimizer.state, params, starts, optimizer._like_gradient, on_device)
+        like_gradient = optimizer._like_gradient
+        make_state(optimizer.state, params, starts, like_gradient, on_device, self._dtype_of)
 
     def make_plan(self) -> None:
         """Once all that is native has its state."""
@@ -142,8 +159,19 @@ class Group:
         self._getters = [itemgetter(key) if key in self._keys() else None for key in keys]
         self.lists, grads = self._gather()
         if self.native:
-            self.plan = Plan(self.rule, self.lists, grads, self.optimizer._sweep)
+            origins = None if self.rule.seed is None else self._origins()
+            sweep = self.optimizer._sweep
+            self.plan = Plan(self.rule, self.lists, grads, sweep, origins=origins)
         self.params = params
+
+    def _origins(self) -> list[int]:
+        """Where the random bits of native parameters begin."""
+        found = {}
+        for number, group in enumerate(self.optimizer.param_groups):
+            if any(group is mine for mine in self.groups):
+                for index, param in enumerate(group["params"]):
+                    found[id(param)] = precision.origin(number, index, param)
+        return [found[id(param)] for param in self.native]
 
     def _gather(self) -> tuple[Lists, list[Tensor | None]]:
         """What the plan writes, and the gradients."""
@@ -214,7 +242,23 @@ class Group:
     def expected(self) -> list[tuple[Tensor, str | None]]:
         """Parameters that have no state yet, and why torch will update them, if it will."""
         real = (p for p in self.waiting if not is_lazy(p) and not p.is_meta and p.requires_grad)
-        return [(param, self.why_torch or self.optimizer._why_not_native(param)) for param in real]
+        return [(param, self.why_torch or self._why_not_native(param)) for param in real]
+
+    def expected_bytes(self, param: Tensor) -> int:
+        """That a step will move of each element, if its gradient has its dtype."""
+        dtypes = (self._dtype_of(key, param) or param.dtype for key in self.rule.used)
+        return 3 * param.itemsize + 2 * sum(dtype.itemsize for dtype in dtypes)
+
+
+def _precise(rule: Rule, options: dict[str, Any]) -> Rule:
+    """The rule with what the options of `precision` ask for."""
+    if options.get("master"):
+        keys = rule.state, rule.used
+        state, used = ((*of, precision.REMAINDER) for of in keys)
+        rule = rule._replace(state=state, used=used)
+    if options.get("stochastic_rounding"):
+        rule = rule._replace(seed=options.get("rounding_seed", 0))
+    return rule
 
 
 def _looks(fallback: list[tuple[Tensor, str]]) -> list[tuple[Any, ...]]:

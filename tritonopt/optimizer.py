@@ -27,10 +27,10 @@ checkpoints, missing gradients, moved parameters, clipping, `compile()` and `des
 
        @triton.jit
        def sign_kernel(
-           table_ptr, programs_ptr, factor_ptr, skip_ptr, lr: "fp64", momentum: "fp64",
+           table_ptr, programs_ptr, factor_ptr, skip_ptr, noise_ptr, lr: "fp64", momentum: "fp64",
            TYPES: tl.constexpr, BLOCK: tl.constexpr,
        ):
-           update(table_ptr, programs_ptr, factor_ptr, skip_ptr,
+           update(table_ptr, programs_ptr, factor_ptr, skip_ptr, noise_ptr,
                   sign_rule, (lr, momentum), TYPES, BLOCK)
 
        def launch_sign_(launch, *, lr, momentum):
@@ -68,6 +68,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from tritonopt.compile import untraced
 from tritonopt.describe import in_force, table
 from tritonopt.plan import Rule
+from tritonopt.precision import restore
 from tritonopt.rule import RuleOptimizer
 from tritonopt.scaling import checked_limit, clipped, total_norm
 from tritonopt.sweep import Sweep
@@ -85,7 +86,9 @@ class FusedOptimizer(RuleOptimizer):
     def __init__(
         self, params: Any, *args: Any, options: dict[str, Any] | None = None,
         fused_amp: bool = False, max_grad_norm: float | None = None,
-        compile: bool | dict[str, Any] = False, **kwargs: Any,
+        compile: bool | dict[str, Any] = False, state_dtype: torch.dtype | None = None,
+        master: str | None = None, stochastic_rounding: bool = False, rounding_seed: int = 0,
+        **kwargs: Any,
     ) -> None:  # fmt: skip
         if fused_amp:
             self._step_supports_amp_scaling = True  # torch.amp.GradScaler looks for it
@@ -96,12 +99,28 @@ class FusedOptimizer(RuleOptimizer):
         super().__init__(params, *args, **kwargs)
         if fused_amp and self.defaults.get("differentiable", False):
             raise RuntimeError("`fused_amp` does not support `differentiable`")
-        self._begin(options or {}, compile)
+        of_precision = dict(
+            state_dtype=state_dtype, master=master,
+            stochastic_rounding=stochastic_rounding, rounding_seed=rounding_seed,
+        )  # fmt: skip
+        self._begin({**(options or {}), **of_precision}, compile)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if self._compile_kwargs is not None:
             self.compile(**self._compile_kwargs)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        given: list[dict[str, Any]] = []
+        before = self.register_load_state_dict_pre_hook(lambda _, saved: given.append(saved))
+        after = self.register_load_state_dict_post_hook(
+            lambda _: restore(self, given[0]), prepend=True
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            before.remove()
+            after.remove()
 
     @property
     def grad_norm(self) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tritonopt.device import path
 from tritonopt.eager import Scratch, apply, number
 from tritonopt.eligible import belongs, same_layout
+from tritonopt.precision import Noise
 from tritonopt.slab import is_dense
 from tritonopt.span import all_given, spans, stretches
 from tritonopt.sweep import Sweep
@@ -27,6 +28,7 @@ class Rule(NamedTuple):
     state: tuple[str, ...]  # keys of all state that the rule takes, in its order
     used: tuple[str, ...]  # of it, what the group's options ask for
     takes_step: bool = False  # whether it takes the number of steps, too
+    seed: int | None = None  # of random bits by which bf16 is rounded; None: to nearest
 
 
 class Part(NamedTuple):
@@ -48,7 +50,7 @@ class Plan:
     """The updates of some lists, for as long as what they hold lies where it lay, and as it lay.
 
     `apart`: indices of parameters to be updated one by one, in order, by the eager rule, as all
-    those are whose state has another memory layout.
+    those are whose state has another memory layout. `origins`: where random bits of each begin.
     """
 
     steps_at: list[int] | None = None
@@ -56,8 +58,9 @@ class Plan:
     def __init__(
         self, rule: Rule, lists: Lists, grads: Grads,
         sweep: Callable[..., Sweep] = Sweep, apart: Iterable[int] = (),
+        origins: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
-        self.rule, self.sweep = rule, sweep
+        self.rule, self.sweep, self.origins = rule, sweep, origins
         params, *columns, _ = lists
         self.geometry = Geometry(lists[:-1])  # of scalars, where they lie is enough
         self.expects: Callable[..., bool] | None = None  # gradients that need no look, one by one
@@ -110,7 +113,8 @@ class Plan:
         else:
             from tritonopt.kernels.launch import Launch
 
-            update = Launch(self.rule.launcher(), params, columns)
+            origins = self.origins and [self.origins[index] for index in some]
+            update = Launch(self.rule.launcher(), params, columns, origins)
         written = sum(column[0].itemsize for column in (params, *columns) if column)
         return Part(some, update, device, grad_dtype, 2 * written + grad_dtype.itemsize)
 
@@ -149,20 +153,31 @@ class Plan:
             own = grads
             if len(part.indices) < len(grads):
                 own = [grads[index] for index in part.indices]
+            steps: float | Tensor = 0.0
+            if self.rule.takes_step or self.origins:
+                steps = _common([lists[-1][index] for index in part.indices])
             if self.rule.takes_step:
-                hyper = {**hyper, "step": _common([lists[-1][index] for index in part.indices])}
-            part.update(own, hyper, factor, skip)
+                hyper = {**hyper, "step": steps}
+            part.update(own, hyper, factor, skip, self._noise(part.indices, steps))
         for index in self.apart:
             grad = grads[index]
             if grad is not None:
-                step = {"step": float(lists[-1][index])} if self.rule.takes_step else {}
+                step = float(lists[-1][index]) if self.rule.takes_step or self.origins else 0.0
+                given_step = {"step": step} if self.rule.takes_step else {}
                 tensors = [self.params[index], *(c and c[index] for c in self.columns)]
-                apply(self.rule.eager, grad, tensors, Scratch(), {**hyper, **step})
+                noise = self._noise([index], step)
+                bits = [] if noise is None else noise.like(tensors)
+                apply(self.rule.eager, grad, tensors, Scratch(), {**hyper, **given_step}, bits)
         # A later backward must notice. What was looked at last is in the processor's cache.
         changed: Any = reversed(lists)
         if given is not None:
             changed = [compress(column, given) for column in lists]
         torch.autograd.graph.increment_version([*chain.from_iterable(changed)])
+
+    def _noise(self, some: Sequence[int], steps: float | Tensor) -> Noise | None:
+        if self.origins is None or self.rule.seed is None:
+            return None
+        return Noise(self.rule.seed, [self.origins[index] for index in some], steps)
 
     def _count(self, steps: Sequence[Tensor], given: Any, skip: Tensor | None) -> None:
         """Adds 1 to the step of every parameter that has a gradient; None: all have."""

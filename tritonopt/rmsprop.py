@@ -13,6 +13,7 @@ from tritonopt import eager
 from tritonopt.libraries import TIMM_ALONE, from_timm
 from tritonopt.optimizer import FusedOptimizer
 from tritonopt.plan import Rule
+from tritonopt.precision import OPTIONS, Master
 
 _HYPER = ("alpha", "eps", "weight_decay", "momentum", "maximize")
 _SWITCHES = ("eps_in_sqrt", "lr_in_momentum", "nesterov", "decoupled_weight_decay", "nan_safe")
@@ -97,7 +98,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
     """
 
     _stock = torch.optim.RMSprop
-    _options = {**dict.fromkeys(_BEYOND_TORCH, False), "initial_scale": 0.0}
+    _options = {**OPTIONS, **dict.fromkeys(_BEYOND_TORCH, False), "initial_scale": 0.0}
 
     def __init__(
         self, params: ParamsT, lr: float | Tensor = 1e-2, alpha: float = 0.99, eps: float = 1e-8,
@@ -107,6 +108,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         initial_scale: float = 0.0, nesterov: bool = False, bias_correction: bool = False,
         decoupled_weight_decay: bool = False, nan_safe: bool = False, fused_amp: bool = False,
         max_grad_norm: float | None = None, compile: bool | dict[str, Any] = False,
+        state_dtype: torch.dtype | None = None, master: Master | None = None,
+        stochastic_rounding: bool = False, rounding_seed: int = 0,
     ) -> None:  # fmt: skip
         options = dict(
             eps_in_sqrt=eps_in_sqrt, lr_in_momentum=lr_in_momentum, initial_scale=initial_scale,
@@ -117,6 +120,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             params, lr, alpha, eps, weight_decay, momentum, centered,
             capturable, foreach, maximize, differentiable, options=options,
             fused_amp=fused_amp, max_grad_norm=max_grad_norm, compile=compile,
+            state_dtype=state_dtype, master=master,
+            stochastic_rounding=stochastic_rounding, rounding_seed=rounding_seed,
         )  # fmt: skip
 
     def rule(self, group: dict[str, Any]) -> Rule:

@@ -15,6 +15,7 @@ from tritonopt.eager import VARIANTS, Variant
 from tritonopt.eligible import is_plain
 from tritonopt.optimizer import FusedOptimizer
 from tritonopt.plan import Rule
+from tritonopt.precision import OPTIONS, Master
 from tritonopt.shard import local
 
 STATE = ("prev", "step_size")
@@ -86,7 +87,7 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
 
     _names = ("last_loss",)
     _stock = torch.optim.Rprop
-    _options = {"variant": "irprop-"}
+    _options = {**OPTIONS, "variant": "irprop-"}
 
     def __init__(
         self, params: ParamsT, lr: float | Tensor = 1e-2, etas: tuple[float, float] = (0.5, 1.2),
@@ -94,6 +95,8 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
         foreach: bool | None = None, maximize: bool = False, differentiable: bool = False,
         variant: Variant = "irprop-", fused_amp: bool = False, max_grad_norm: float | None = None,
         compile: bool | dict[str, Any] = False, compact: bool = False,
+        state_dtype: torch.dtype | None = None, master: Master | None = None,
+        stochastic_rounding: bool = False, rounding_seed: int = 0,
     ) -> None:  # fmt: skip
         if not isinstance(compact, bool):
             raise TypeError(f"compact is to be True or False, not {compact!r}")
@@ -104,6 +107,8 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
             capturable=capturable, foreach=foreach, maximize=maximize,
             differentiable=differentiable, options={"variant": variant},
             fused_amp=fused_amp, max_grad_norm=max_grad_norm, compile=compile,
+            state_dtype=state_dtype, master=master,
+            stochastic_rounding=stochastic_rounding, rounding_seed=rounding_seed,
         )  # fmt: skip
 
     @property

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonopt import slab
+from tritonopt import precision, slab
 from tritonopt.eager import Scratch, apply
 from tritonopt.eligible import is_plain, why_not_native, why_watched
 from tritonopt.plan import Rule
@@ -22,7 +22,8 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     _units: Units
     _names: tuple[str, ...] = ()  # what a step looks at in a group besides options
-    _options: dict[str, Any] = {}  # that torch does not have, with the values of torch's rule
+    # Options that torch does not have, with the values of torch's rule.
+    _options: dict[str, Any] = precision.OPTIONS
     _like_gradient: tuple[str, ...] = ()  # state that torch makes in the gradient's dtype
     _compile_kwargs: dict[str, Any] | None = None
     max_grad_norm: float | None = None  # over all groups
@@ -84,6 +85,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         for name, value in {**(torchs if self._stock else {}), **self._options}.items():
             if is_number(value) and not is_number(group.get(name, value)):
                 raise ValueError(f"Invalid {name} value: {group[name]!r}")
+        precision.check({**self._options, **group})
         option = self._beyond_torch(group)
         why = self._why_torch(group) if option else None
         if why:

@@ -20,6 +20,14 @@ def local(tensor: Any) -> Any:
         return tensor.to_local()
 
 
+def coordinates(tensor: Any) -> tuple[int, ...]:
+    """Which shard a DTensor has on this rank; nothing for any other tensor, or on other ranks."""
+    if not is_sharded(tensor):
+        return ()
+    at = tensor.device_mesh.get_coordinate() or ()
+    return tuple(x for x, kind in zip(at, tensor.placements, strict=False) if kind.is_shard())
+
+
 def same_shards(left: Any, right: Any) -> bool:
     """Whether equal elements lie on the same rank: of two DTensors or of two plain tensors."""
     if not is_sharded(left) or not is_sharded(right):

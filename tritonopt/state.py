@@ -1,6 +1,6 @@
 """State as torch makes it, in slabs; and the moves of parameters and loaded state into slabs."""
 
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,12 @@ from tritonopt.shard import is_sharded
 def make_state(
     state: MutableMapping[Tensor, Any], params: Sequence[Tensor], starts: Mapping[str, float],
     like_gradient: Sequence[str], on_device: bool,
+    dtype_of: Callable[[str, Tensor], torch.dtype | None] = lambda key, param: None,
 ) -> None:  # fmt: skip
     """For each parameter, tensors of its shape that begin with `starts`, and a count of steps.
 
-    `like_gradient`: the keys that have the gradient's dtype. `on_device`: where steps are counted.
+    `like_gradient`: the keys that have the gradient's dtype, unless `dtype_of` key and parameter
+    says another one than the parameter's. `on_device`: where steps are counted.
     """
 
     def kind(param: Any) -> object:
@@ -36,7 +38,8 @@ def make_state(
             like: Any = first.grad if key in like_gradient else first
             # One that makes no plain tensors is alone; sharded checkpoints need its type.
             shapes = batch if _makes_plain(first) else [like]
-            columns[key] = slab.allocate(shapes, like.dtype, like.device, start)
+            dtype = dtype_of(key, first) or like.dtype
+            columns[key] = slab.allocate(shapes, dtype, like.device, start)
         for param, *values in zip(batch, *columns.values(), strict=True):
             state[param].update(zip(columns, values, strict=True))
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tritonopt.eager import Scratch, apply, computed_in
+from tritonopt.precision import Noise
 from tritonopt.slab import filled, flattened
 from tritonopt.span import Columns, Span, all_given, spans, stretches
 
@@ -67,12 +68,12 @@ class Sweep:
 
     def __call__(
         self, grads: Sequence[Tensor | None], hyper: dict[str, Any],
-        factor: Tensor | None = None, skip: Tensor | None = None,
+        factor: Tensor | None = None, skip: Tensor | None = None, noise: Noise | None = None,
     ) -> None:  # fmt: skip
         """Updates every tensor that has a gradient. A gradient has its parameter's strides.
 
-        Gradients count `factor` times; `skip` is for devices. `step` of `hyper`, if the rule takes
-        it, is a number, or a tensor with the number of each tensor.
+        Gradients count `factor` times; `skip` is for devices; by `noise`, bf16 is rounded. `step`
+        of `hyper`, if the rule takes it, is a number, or a tensor with the number of each tensor.
         """
         factor = None if factor is None else factor.cpu()  # of a norm over several devices
         if self.permuted:
@@ -85,10 +86,25 @@ class Sweep:
         for some, flats in self._memory(keys):
             if steps:
                 hyper = {**hyper, "step": steps[some[0]]}
-            for grad, *piece in self._pieces([self._joined(grads, some), *flats]):
+            first = 0
+            longest = self.piece if noise is None else min(self.piece, PIECE)
+            for grad, *piece in _cut([self._joined(grads, some), *flats], longest):
+                bits: Sequence[Tensor | None] = ()
+                if noise is not None:
+                    bits = self._bits(noise, some, first, grad.numel(), piece)
+                    first += grad.numel()
                 if factor is not None:
                     grad = grad.to(self.dtype) * factor
-                self._update(piece, grad, hyper)
+                self._update(piece, grad, hyper, bits)
+
+    def _bits(
+        self, noise: Noise, some: Sequence[int], first: int, numel: int, piece: Sequence[Any]
+    ) -> list[Tensor | None]:
+        """For each column of bf16, random bits: of a piece of one tensor, or of several tensors."""
+        alone = len(some) == 1
+        numels = [numel] if alone else [self.columns[0][index].numel() for index in some]
+        is_rounded = [flat is not None and flat.dtype is torch.bfloat16 for flat in piece]
+        return [noise.of(some, numels, first, i) if x else None for i, x in enumerate(is_rounded)]
 
     def _memory(self, keys: Sequence[Any] | None) -> Iterator[tuple[Sequence[int], Sequence[Any]]]:
         """What is updated together, and where: flat parts of slabs, or copies to be copied back."""
@@ -120,18 +136,22 @@ class Sweep:
             return one if one.dim() == 1 else one.view(-1)
         return self.join([tensors[index] for index in some])
 
-    def _pieces(self, flats: Sequence[Any]) -> Iterable[Sequence[Any]]:
-        if flats[0].numel() <= self.piece:
-            return (flats,)
-        cut = (repeat(None) if flat is None else flat.split(self.piece) for flat in flats)
-        return zip(*cut, strict=False)
-
-    def _update(self, flats: Sequence[Any], grad: Tensor, hyper: dict[str, Any]) -> None:
+    def _update(
+        self, flats: Sequence[Any], grad: Tensor, hyper: dict[str, Any],
+        noise: Sequence[Tensor | None],
+    ) -> None:  # fmt: skip
         scratch = _thread.scratch(grad.numel(), self.dtype)
         if self.in_place and grad.dtype is self.dtype:
             self.rule(flats[0], grad, *flats[1:], scratch, **hyper)
         else:
-            apply(self.rule, grad, flats, scratch, hyper)
+            apply(self.rule, grad, flats, scratch, hyper, noise)
+
+
+def _cut(flats: Sequence[Any], longest: int) -> Iterable[Sequence[Any]]:
+    if flats[0].numel() <= longest:
+        return (flats,)
+    pieces = (repeat(None) if flat is None else flat.split(longest) for flat in flats)
+    return zip(*pieces, strict=False)
 
 
 class _Thread(threading.local):

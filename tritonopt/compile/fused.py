@@ -49,30 +49,34 @@ class CompiledSweep(Sweep):
     def _piece(self, params: Sequence[Tensor]) -> int:
         return 2**62  # a fused loop needs no pieces that stay in cache
 
-    def _update(self, flats: Sequence[Tensor | None], grad: Tensor, hyper: dict[str, Any]) -> None:
+    def _update(
+        self, flats: Sequence[Tensor | None], grad: Tensor, hyper: dict[str, Any],
+        noise: Sequence[Tensor | None],
+    ) -> None:  # fmt: skip
         hyper = _immutable(hyper)
         numel = grad.numel()
         if numel < 2:  # sizes 0 and 1 would each be a graph of their own
-            super()._update(flats, grad, hyper)
+            super()._update(flats, grad, hyper, noise)
             return
-        kind = numel > SERIAL, grad.dtype
+        kind = numel > SERIAL, grad.dtype, bool(noise)
         known = self._known.get(kind)
         if known is None or known[2] != hyper:
             known = self._known[kind] = (*self._graph(*kind, hyper), hyper)
         graph, numbers, _ = known
-        graph.run([numel, numbers, grad, *flats])
+        graph.run([numel, numbers, grad, *flats, *noise])
 
-    def _graph(self, many: bool, dtype: torch.dtype, hyper: dict[str, Any]) -> Any:
+    def _graph(self, many: bool, dtype: torch.dtype, noisy: bool, hyper: dict[str, Any]) -> Any:
         """The graph of an update, and the numbers that are its input."""
-        fixed = bool, str, NoneType
-        constants = {name: value for name, value in hyper.items() if isinstance(value, fixed)}
+        kinds = bool, str, NoneType
+        constants = {name: value for name, value in hyper.items() if isinstance(value, kinds)}
         numbers = {name: float(v) for name, v in hyper.items() if name not in constants}
         dtypes = [column and column[0].dtype for column in self.columns]
         options = repr(sorted(self.kwargs.items()))
-        kind = self.rule, many, dtype, *dtypes, *constants.items(), *numbers, options
+        kind = self.rule, many, dtype, noisy, *dtypes, *constants.items(), *numbers, options
         if kind not in _graphs:
             loop = PARALLEL_LOOP if many else SERIAL_LOOP
-            _graphs[kind] = Graph((self.rule, constants, [*numbers]), loop, self.kwargs)
+            fixed = self.rule, constants, [*numbers], len(dtypes)
+            _graphs[kind] = Graph(fixed, loop, self.kwargs)
         return _graphs[kind], torch.tensor([*numbers.values()], dtype=torch.float64, device="cpu")
 
 
@@ -161,6 +165,6 @@ class Graph:
 
 def update(fixed: tuple[Any, ...], numbers: Tensor, grad: Tensor, *flats: Any) -> None:
     """One step in the compute dtype; Inductor makes the copies part of the loop."""
-    rule, constants, names = fixed
+    rule, constants, names, count = fixed
     hyper = {**constants, **dict(zip(names, numbers.unbind(), strict=True))}
-    apply(rule, grad, flats, Scratch(), hyper)
+    apply(rule, grad, flats[:count], Scratch(), hyper, flats[count:])
