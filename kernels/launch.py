@@ -140,10 +140,10 @@ class Launch(Grid):
         """Of each tensor's random bits."""
         steps: Any = noise.steps
         if not isinstance(steps, Tensor):
-            key = int(steps) << 32 | noise.seed
+            key = int(steps) * 2**32 + noise.seed
             return torch.full((len(self.numels),), key, dtype=torch.int64, device=self.device)
-        steps = self._upload(steps.long()) if steps.is_cpu else steps.long()
-        return steps << 32 | noise.seed  # type: ignore[no-any-return]
+        keys = steps.long() * 2**32 + noise.seed
+        return self._upload(keys) if keys.is_cpu else keys
 
     def run(
         self, kernel: Any, numbers: Sequence[float], switches: Sequence[bool | str] = (),

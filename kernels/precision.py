@@ -8,9 +8,9 @@ import triton.language as tl
 def joined(high, low):
     """The fp32 of two halves, bf16 as fp32 and int16."""
     bits = high.to(tl.int32, bitcast=True)
-    low = low.to(tl.int32)
-    low = tl.where((bits & 0x7FFFFFFF) == 0, tl.maximum(low, 0), low)
-    return (bits + low).to(tl.float32, bitcast=True)
+    low = low.to(tl.uint16, bitcast=True).to(tl.int32) ^ 0x8000  # what is signed, plus 2^15
+    magnitude = tl.maximum((bits & 0x7FFFFFFF) - 0x8000 + low, 0)
+    return (bits & -0x80000000 | magnitude).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -23,15 +23,29 @@ def split(x):
 
 
 @triton.jit
-def rounded(x, key, at, COLUMN: tl.constexpr):
-    """Fp32 to one of two neighbours in bf16, by 16 random bits an element.
+def philox(c0, c1, c2, c3, k0, k1):
+    """Of uint32. Triton's own takes two multiplications where this takes a wide one."""
+    for _ in tl.static_range(10):
+        left, right = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        c0, c1 = (right >> 32).to(tl.uint32) ^ c1 ^ k0, right.to(tl.uint32)
+        c2, c3 = (left >> 32).to(tl.uint32) ^ c3 ^ k1, left.to(tl.uint32)
+        k0, k1 = k0 + tl.cast(0x9E3779B9, tl.uint32), k1 + tl.cast(0xBB67AE85, tl.uint32)
+    return c0, c1, c2, c3
 
-    `at`: the counter of every eight elements."""
-    zero = at.to(tl.uint32) * 0
-    first, second, third, fourth = tl.philox(
-        key, at.to(tl.uint32), (at >> 32).to(tl.uint32), zero + COLUMN, zero
+
+@triton.jit
+def rounded(x, key, origin, offs, COLUMN: tl.constexpr):
+    """Fp32 to one of two neighbours in bf16, by 16 random bits an element."""
+    # Eight elements share four words. On the aligned path they are a thread's own, of which the
+    # compiler sees that they share them.
+    at, number = origin + (offs >> 3), offs & 7
+    lower, upper = at.to(tl.uint32), (at >> 32).to(tl.uint32)
+    zero = lower * 0
+    first, second, third, fourth = philox(
+        lower, upper, zero + COLUMN, zero, key.to(tl.uint32), (key >> 32).to(tl.uint32)
     )
-    words = tl.join(tl.join(first, third), tl.join(second, fourth))
-    random = tl.join(words & 0xFFFF, words >> 16).reshape(x.shape)
-    noisy = (x.to(tl.int32, bitcast=True) + random.to(tl.int32)) & -0x10000
+    word = tl.where(number < 2, first, tl.where(number < 4, second, third))
+    word = tl.where(number < 6, word, fourth)
+    random = tl.where((number & 1) == 0, word & 0xFFFF, word >> 16)
+    noisy = (x.to(tl.int32, bitcast=True) + random.to(tl.int32, bitcast=True)) & -0x10000
     return tl.where(x == x, noisy.to(tl.float32, bitcast=True), x)  # of NaN, all bits may be 1

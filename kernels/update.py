@@ -81,7 +81,7 @@ def piece(
     if factor_ptr is not None:
         grad = grad * tl.load(factor_ptr).to(COMPUTE)
 
-    if TYPES[-1] == tl.int16:
+    if is_split(TYPES):
         param = joined(values[1], values[-1])
         values = RULE(param, grad, *values[2:-1], *arguments)
         high, low = split(values[0])
@@ -95,9 +95,13 @@ def piece(
         if TYPES[column] is not None:
             value = values[column - 1]
             if noise is not None and TYPES[column] == tl.bfloat16:
-                at = noise[1] + start // 8 + tl.arange(0, NUMEL // 8)
-                value = rounded(value, noise[0], at, column - 1)
+                value = rounded(value, noise[0], noise[1] + (start >> 3), offs, column - 1)
             tl.store(ptrs[column], value, mask)
+
+
+@triton.constexpr_function
+def is_split(types):
+    return types[-1] is not None and types[-1] == tl.int16
 
 
 @triton.constexpr_function

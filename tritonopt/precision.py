@@ -105,10 +105,8 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 def joined(high: Tensor, low: Tensor) -> Tensor:
     """The fp32 of which these are the halves. What somebody has set to 0 since is 0, or nearly."""
     bits = high.view(torch.int16).to(torch.int32) << 16
-    low = low.to(torch.int32)
-    return torch.where(bits & 0x7FFFFFFF == 0, bits | low.clamp_min(0), bits + low).view(
-        torch.float32
-    )
+    magnitude = ((bits & 0x7FFFFFFF) + low).clamp_min_(0)
+    return (bits.bitwise_and_(-0x80000000) | magnitude).view(torch.float32)
 
 
 class Noise(NamedTuple):
