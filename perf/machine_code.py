@@ -42,11 +42,14 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
     "gfx950": GPUTarget("hip", "gfx950", 64),
 }
-DTYPES = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32, "fp64": tl.float64}
-BITS = {"fp16": 16, "bf16": 16, "fp32": 32, "fp64": 64}
-OPTIONAL = {"factor_ptr": "*fp32", "skip_ptr": "*fp32", "lr_ptr": "*fp32", "gain_ptr": "*fp64"}
-"""Arguments that may be absent. On the device: what gradients are multiplied by, whether the step
-is skipped, the learning rate, and the gains of bias correction."""
+DTYPES = ("fp16", "bf16", "fp32", "fp64")
+NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
+BITS = {"fp16": 16, "bf16": 16, "int16": 16, "fp32": 32, "fp64": 64}
+ALL = {"factor_ptr": "*fp32", "skip_ptr": "*fp32", "noise_ptr": "*i64"}
+OPTIONAL = {**ALL, "lr_ptr": "*fp32", "gain_ptr": "*fp64"}
+"""Arguments that may be absent. On the device, of all kernels: what gradients are multiplied by,
+whether the step is skipped, by what random bits are drawn; the learning rate, and the gains of bias
+correction."""
 _TORCH = ("MAXIMIZE", "DECAY", "CENTERED", "MOMENTUM")
 _MORE = ("EPS_IN_SQRT", "LR_IN_MOMENTUM", "NESTEROV", "DECOUPLED", "NAN_SAFE", "BIAS_CORRECTION")
 
@@ -58,26 +61,32 @@ class Kernel(NamedTuple):
     constants: dict[str, Any]
     written: tuple[bool, ...] = ()
     block: int = BLOCK
+    split: bool = False  # whether the parameter has lower halves, and fp32 state
 
-    @property
-    def reads(self) -> int:
-        return 1 + self.writes
+    def types(self, dtype: str) -> list[str | None]:
+        """Of each tensor: the gradient, and those that are written."""
+        state = "fp32" if self.split else dtype
+        columns = zip(self.written, (dtype, state, state, state), strict=False)
+        return [dtype, *(of if used else None for used, of in columns), *["int16"] * self.split]
 
-    @property
-    def writes(self) -> int:
-        return sum(self.written)
+    def vectors(self, dtype: str) -> list[int]:
+        """Accesses of 128 bits that a thread needs for each tensor."""
+        bits = (BITS[name] for name in self.types(dtype) if name)
+        return [-(-self.block * width // (128 * THREADS)) for width in bits]
 
 
-def _rmsprop(*on: str) -> Kernel:
+def _rmsprop(*on: str, split: bool = False) -> Kernel:
     constants = {name: None for name in OPTIONAL if name not in on}
     constants.update({name: name in on for name in (*_TORCH, *_MORE)})
-    return Kernel(rmsprop_kernel, constants, (True, True, "CENTERED" in on, "MOMENTUM" in on))
+    written = True, True, "CENTERED" in on, "MOMENTUM" in on
+    return Kernel(rmsprop_kernel, constants, written, split=split)
 
 
-def _rprop(variant: str, *on: str) -> Kernel:
-    constants = {name: None for name in ("factor_ptr", "skip_ptr") if name not in on}
+def _rprop(variant: str, *on: str, split: bool = False) -> Kernel:
+    constants = {name: None for name in ALL if name not in on}
     constants.update({name: name in on for name in ("COMPACT", "MAXIMIZE")}, VARIANT=variant)
-    return Kernel(rprop_kernel, constants, (True, True, *[True] * ("COMPACT" not in on)))
+    written = True, True, *[True] * ("COMPACT" not in on)
+    return Kernel(rprop_kernel, constants, written, split=split)
 
 
 KERNELS: dict[str, Kernel] = {
@@ -92,6 +101,8 @@ KERNELS: dict[str, Kernel] = {
     "rmsprop, lr in momentum": _rmsprop("MOMENTUM", "LR_IN_MOMENTUM"),
     "rmsprop, nesterov": _rmsprop("MOMENTUM", "NESTEROV"),
     "rmsprop, scaled": _rmsprop("factor_ptr", "skip_ptr"),
+    "rmsprop, split": _rmsprop(split=True),
+    "rmsprop, stochastic": _rmsprop("noise_ptr"),
     "rmsprop, all": _rmsprop(*_TORCH, *_MORE, *OPTIONAL),
     "rprop": _rprop("irprop-"),
     "rprop, maximize": _rprop("irprop-", "MAXIMIZE"),
@@ -100,6 +111,8 @@ KERNELS: dict[str, Kernel] = {
     "irprop+": _rprop("irprop+"),
     "rprop, compact": _rprop("irprop-", "COMPACT"),
     "irprop+, compact": _rprop("irprop+", "COMPACT"),
+    "rprop, split": _rprop("irprop-", split=True),
+    "rprop, stochastic": _rprop("irprop-", "noise_ptr"),
     "rprop, scaled": _rprop("irprop-", "factor_ptr", "skip_ptr"),
     "irprop+, scaled": _rprop("irprop+", "factor_ptr", "skip_ptr"),
     "norm": Kernel(square_sum_kernel, {}, block=NORM_BLOCK),
@@ -131,18 +144,17 @@ class MachineCode(NamedTuple):
 
     def problems(self, dtype: str, kernel: Kernel, most: int = REGISTERS) -> list[str]:
         """Spills, too many registers, and accesses of tensors by less than 128 bits."""
-        vectors = -(-kernel.block * BITS[dtype] // (128 * THREADS))  # per thread and tensor
+        read = sum(kernel.vectors(dtype))
+        written = read - kernel.vectors(dtype)[0] if kernel.written else 0
         names = set(kernel.function.arg_names) - kernel.constants.keys()
         scalars = len(names & OPTIONAL.keys())  # one value each
         found = [f"spills {self.stack} bytes"] if self.stack else []
         if self.registers > most:
             found.append(f"{most} registers expected")
-        if self.loads[128] != vectors * kernel.reads or self.loads.total() > (
-            self.loads[128] + scalars
-        ):
-            found.append(f"{vectors * kernel.reads} loads of 128 bits expected")
-        if self.stores[128] != vectors * kernel.writes or self.stores.total() > self.stores[128]:
-            found.append(f"{vectors * kernel.writes} stores of 128 bits expected")
+        if self.loads[128] != read or self.loads.total() > self.loads[128] + scalars:
+            found.append(f"{read} loads of 128 bits expected")
+        if self.stores[128] != written or self.stores.total() > self.stores[128]:
+            found.append(f"{written} stores of 128 bits expected")
         return found
 
 
@@ -155,14 +167,12 @@ class Driver(NamedTuple):
         return self.target
 
 
-def compile_kernel(kernel: Kernel, dtypes: tuple[str, str, str], target: GPUTarget) -> Any:
-    """For parameters, gradients and state of these dtypes."""
+def compile_kernel(kernel: Kernel, dtypes: Sequence[str | None], target: GPUTarget) -> Any:
+    """For a gradient, a parameter and its state of these dtypes; None: no such state."""
     names = kernel.function.arg_names
-    param, grad, state = (DTYPES[name] for name in dtypes)
-    columns = zip(kernel.written, (param, state, state, state), strict=False)
-    types = grad, *(type_ if used else None for used, type_ in columns)
+    types = tuple(name and getattr(tl, NAMES.get(name, name)) for name in dtypes)
     constants = {**kernel.constants, "TYPES": types, "BLOCK": kernel.block}
-    pointers = {**OPTIONAL, "sums_ptr": "*fp64" if dtypes[0] == "fp64" else "*fp32"}
+    pointers = {**OPTIONAL, "sums_ptr": "*fp64" if types[0] == tl.float64 else "*fp32"}
     signature = {
         name: "constexpr"
         if name in constants
@@ -179,15 +189,17 @@ def compile_kernel(kernel: Kernel, dtypes: tuple[str, str, str], target: GPUTarg
 
 
 def machine_code(kernel: Kernel, dtype: str, target: str) -> MachineCode:
-    compiled = compile_kernel(kernel, (dtype, dtype, dtype), TARGETS[target])
+    compiled = compile_kernel(kernel, kernel.types(dtype), TARGETS[target])
     if TARGETS[target].backend == "hip":
         return _amd(compiled.asm["amdgcn"])
     return _nvidia(compiled.asm["cubin"])
 
 
 def is_of(name: str, dtype: str) -> bool:
-    """Whether there is such a kernel: a sign has its place in fp32 alone."""
-    return dtype == "fp32" or "compact" not in name
+    """Whether there is such a kernel: a sign has its place in fp32 alone, the rest is of bf16."""
+    if "compact" in name:
+        return dtype == "fp32"
+    return dtype == "bf16" or not any(word in name for word in ("split", "stochastic"))
 
 
 def most(name: str, dtype: str, target: str) -> int:
@@ -261,7 +273,7 @@ def main(kernels: Sequence[str], dtypes: Sequence[str], targets: Sequence[str]) 
         problems = code.problems(dtype, kernel, most(name, dtype, target))
         failed += bool(problems)
         each = code.instructions / (kernel.block / THREADS)
-        between = f"{each:.1f}" if kernel.writes else "-"  # what follows the last load is not
+        between = f"{each:.1f}" if kernel.written else "-"  # what follows the last load is not
         counts = code.loads[128], code.stores[128], "; ".join(problems)
         shown = code.registers, code.blocks, code.stack, between, *counts
         print(row.format(name, dtype, target, *shown).rstrip())

@@ -61,7 +61,7 @@ def test_blocks_that_a_multiprocessor_holds(target, fewest):
 def test_blocks_are_those_of_the_compiler():
     kernel = KERNELS["irprop+, scaled"]
     code = machine_code(kernel, "fp64", "gfx942")
-    text = compile_kernel(kernel, ("fp64", "fp64", "fp64"), TARGETS["gfx942"]).asm["amdgcn"]
+    text = compile_kernel(kernel, kernel.types("fp64"), TARGETS["gfx942"]).asm["amdgcn"]
     waves = int(re.findall(r"Occupancy: (\d+)", text)[0])  # of 64 threads, on each of 4 parts
     assert code.blocks == waves * 4 * 64 // launch.THREADS < 16
 
@@ -108,7 +108,10 @@ def test_no_thread_stores_what_others_have_yet_to_load(name, dtypes, target):
     """Where dtypes differ, a thread may load some elements of a tensor and store others."""
     backend = TARGETS[target].backend
     form, pattern = ACCESSES[backend]
-    text = compile_kernel(KERNELS[name], dtypes.split(), TARGETS[target]).asm[form]
+    kernel, (param, grad, state) = KERNELS[name], dtypes.split()
+    columns = zip(kernel.written, (param, state, state, state), strict=False)
+    types = [grad, *(kind if used else None for used, kind in columns)]
+    text = compile_kernel(kernel, types, TARGETS[target]).asm[form]
     found = ["".join(filter(None, match))[0] for match in re.findall(pattern, text)]
     order = "".join(found).replace("st", "s")
     assert not re.search("ls", order), order
@@ -119,7 +122,7 @@ def test_no_thread_stores_what_others_have_yet_to_load(name, dtypes, target):
     "name", cases(["rmsprop, all", "irprop+, scaled", "norm"], fast={"rmsprop, all"})
 )
 def test_nothing_is_approximated_or_flushed(name):
-    text = compile_kernel(KERNELS[name], ("fp32", "fp32", "fp32"), TARGETS["sm_90"]).asm["ptx"]
+    text = compile_kernel(KERNELS[name], KERNELS[name].types("fp32"), TARGETS["sm_90"]).asm["ptx"]
     assert not re.search(r"\.(approx|ftz|full)\b", text)
     assert len(re.findall(r"\b(?:sqrt|div)\.rn\.f32", text)) >= (name == "rmsprop, all")
 
@@ -127,7 +130,8 @@ def test_nothing_is_approximated_or_flushed(name):
 @pytest.mark.skipif(not arithmetic.TINY_ROOTS_FAIL.value, reason="of triton 3.6 alone")
 @pytest.mark.parametrize("target, scaled", [("gfx942", True), ("gfx950", True), ("sm_90", False)])
 def test_tiny_numbers_are_scaled_for_their_root_where_they_must_be(target, scaled):
-    text = compile_kernel(KERNELS["rmsprop"], ("fp32", "fp32", "fp32"), TARGETS[target]).asm["ttir"]
+    kernel = KERNELS["rmsprop"]
+    text = compile_kernel(kernel, kernel.types("fp32"), TARGETS[target]).asm["ttir"]
     assert ("1.84467441E+19" in text) == scaled  # 2**64
 
 
@@ -189,18 +193,18 @@ def seen(update, *args, **hyper):
 
 rmsprop = dict(alpha=0.9, eps=0, weight_decay=1, momentum=0.5, maximize=False)
 update = launch.Launch(launch.rmsprop_, params, columns)
-assert seen(update, lr=0.01, **rmsprop)[6] == 0.01
-assert seen(update, lr=1, **rmsprop)[6:12] == (1, 0.9, 0, 1, 0.5, 1) and len(jitted) == 1
-assert seen(update, lr=one, **rmsprop)[4] is one and len(jitted) == 2
-assert seen(update, lr=unaligned, **rmsprop)[4] is unaligned and len(jitted) == 3
-assert seen(update, lr=0.01, **{**rmsprop, "maximize": True})[12] is True and len(jitted) == 4
+assert seen(update, lr=0.01, **rmsprop)[7] == 0.01
+assert seen(update, lr=1, **rmsprop)[7:13] == (1, 0.9, 0, 1, 0.5, 1) and len(jitted) == 1
+assert seen(update, lr=one, **rmsprop)[5] is one and len(jitted) == 2
+assert seen(update, lr=unaligned, **rmsprop)[5] is unaligned and len(jitted) == 3
+assert seen(update, lr=0.01, **{**rmsprop, "maximize": True})[13] is True and len(jitted) == 4
 rprop = dict(etaminus=0.5, etaplus=1.2, step_size_min=1e-6, step_size_max=50, maximize=True)
 update = launch.Launch(launch.rprop_, params, columns[:2])
 seen(update, **rprop)
 assert seen(update, one, one.clone(), **rprop)[2] is one and len(jitted) == 6
 assert seen(update, **rprop)[2] is None and len(jitted) == 6
 grads = [grad.bfloat16() for grad in grads]
-assert tl.bfloat16 in seen(update, **rprop)[12] and len(jitted) == 7
+assert tl.bfloat16 in seen(update, **rprop)[13] and len(jitted) == 7
 launch.square_sum(grads, [3000, 5], torch.float32, torch.device("cpu"))
 assert compiled[-1].metadata.num_warps == 4 and not compiled[-1].metadata.enable_fp_fusion
 for kernel in compiled:
