@@ -253,9 +253,7 @@ class Group:
 def _precise(rule: Rule, options: dict[str, Any]) -> Rule:
     """The rule with what the options of `precision` ask for."""
     if options.get("master"):
-        keys = rule.state, rule.used
-        state, used = ((*of, precision.REMAINDER) for of in keys)
-        rule = rule._replace(state=state, used=used)
+        rule = rule.with_remainder()
     if options.get("stochastic_rounding"):
         rule = rule._replace(seed=options.get("rounding_seed", 0))
     return rule

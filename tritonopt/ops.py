@@ -12,17 +12,19 @@ parameters and state where they lie. They need none of tritonopt's classes:
 Positional arguments are lists of tensors. The others are those of :class:`tritonopt.RMSprop` and
 :class:`tritonopt.Rprop`, not validated as theirs are; `loss_rose`, since the last step: "irprop+".
 
-    rmsprop_(params, grads, square_avgs, grad_avgs, momentum_buffers, state_steps, *, lr=1e-2,
-        alpha=0.99, eps=1e-8, weight_decay=0, momentum=0, maximize=False, eps_in_sqrt=False,
-        lr_in_momentum=False, nesterov=False, decoupled_weight_decay=False, bias_correction=False,
-        nan_safe=False)
-    rprop_(params, grads, prevs, step_sizes, state_steps, *, etaminus=0.5, etaplus=1.2,
-        step_size_min=1e-6, step_size_max=50, maximize=False, variant="irprop-", loss_rose=False,
-        compact=False)
+    rmsprop_(params, grads, square_avgs, grad_avgs, momentum_buffers, state_steps, remainders=None,
+        *, lr=1e-2, alpha=0.99, eps=1e-8, weight_decay=0, momentum=0, maximize=False,
+        eps_in_sqrt=False, lr_in_momentum=False, nesterov=False, decoupled_weight_decay=False,
+        bias_correction=False,
+        nan_safe=False, stochastic_rounding=False, rounding_seed=0)
+    rprop_(params, grads, prevs, step_sizes, state_steps, remainders=None, *, etaminus=0.5,
+        etaplus=1.2, step_size_min=1e-6, step_size_max=50, maximize=False, variant="irprop-",
+        loss_rose=False, compact=False, stochastic_rounding=False, rounding_seed=0)
 
 Lists of one call have equal lengths; a list that is not used is empty: `grad_avgs`, which make the
 rule the centered one, `momentum_buffers` without momentum, and `prevs` if `compact`: both states of
-fp32 parameters are in `step_sizes` then, as `tritonopt.compact.encoded` makes them. 1 is added to
+fp32 parameters are in `step_sizes` then, as `tritonopt.compact.encoded` makes them. `remainders` of
+int16 are those of `master="split"`, to be 0 in the beginning. 1 is added to
 each of `state_steps`, however many there are. Every list may mix devices, dtypes and memory
 layouts; a gradient and the state of a parameter have its shape and device, and are all fp64 or all
 of fp16, bf16 and fp32. `lr` is a float or a tensor with one element. Where a compiled graph changes
@@ -44,7 +46,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tritonopt import eager, rmsprop, rprop
+from tritonopt import eager, precision, rmsprop, rprop
 from tritonopt.compile.functional import define_twin
 from tritonopt.device import is_capturing
 from tritonopt.eligible import overlapping, why_not_native, why_not_together
@@ -53,17 +55,20 @@ from tritonopt.plan import Lists, Plan, Rule
 # Scalar and not float: a float of a schema is a constant to the compiler.
 _RMSPROP = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] grad_avgs, "
-    "Tensor(d!)[] momentum_buffers, Tensor(e!)[] state_steps, *, Scalar lr=1e-2, "
+    "Tensor(d!)[] momentum_buffers, Tensor(e!)[] state_steps, Tensor(f!)[]? remainders=None, *, "
+    "Scalar lr=1e-2, "
     "Scalar alpha=0.99, Scalar eps=1e-8, Scalar weight_decay=0, Scalar momentum=0, "
     "bool maximize=False, bool eps_in_sqrt=False, bool lr_in_momentum=False, "
     "bool nesterov=False, bool decoupled_weight_decay=False, bool bias_correction=False, "
-    "bool nan_safe=False) -> ()"
+    "bool nan_safe=False, bool stochastic_rounding=False, int rounding_seed=0) -> ()"
 )
 _RPROP = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] prevs, Tensor(c!)[] step_sizes, "
-    "Tensor(d!)[] state_steps, *, Scalar etaminus=0.5, Scalar etaplus=1.2, "
+    "Tensor(d!)[] state_steps, Tensor(e!)[]? remainders=None, *, Scalar etaminus=0.5, "
+    "Scalar etaplus=1.2, "
     "Scalar step_size_min=1e-6, Scalar step_size_max=50, bool maximize=False, "
-    'str variant="irprop-", bool loss_rose=False, bool compact=False) -> ()'
+    'str variant="irprop-", bool loss_rose=False, bool compact=False, '
+    "bool stochastic_rounding=False, int rounding_seed=0) -> ()"
 )
 
 RULES = {  # each with the state that it needs in any case
@@ -79,18 +84,22 @@ _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by the first stat
 
 def _update(name: str, defaults: dict[str, Any], *given: list[Tensor], **options: Any) -> None:
     """The op of a name. Torch leaves out the options that equal their defaults."""
-    params, grads, *columns, steps = given
+    count = 3 + len(RULES[name].state)
+    (params, grads, *columns, steps), remainders = given[:count], [*given[count:]]
     if not params:
         return
     hyper = {**defaults, **options}
     if hyper.get("compact") and not columns[0]:
         columns = columns[1:]
-    lists = params, *columns, steps
     for key, value in hyper.items():
         is_read_there = key == "lr" and isinstance(value, Tensor) and not value.is_cpu
-        if not is_read_there and not isinstance(value, (bool, str)):
+        if not is_read_there and not isinstance(value, (bool, str)) and key != "rounding_seed":
             hyper[key] = float(value)
-    rule = _rule(name, lists, grads, hyper)
+    rule = _rule(name, (params, *columns, steps), grads, hyper)
+    if remainders and remainders[0]:
+        rule = _split(name, rule, params, remainders[0])
+        columns = [*columns, remainders[0]]
+    lists = params, *columns, steps
     recent = _plans.setdefault(columns[0][0], [])  # gone with the state
     for plan, _ in recent:
         fitted = plan.fitted(grads) if plan.rule == rule and plan.is_for(lists) else None
@@ -125,9 +134,27 @@ def _rule(name: str, lists: Lists, grads: list[Tensor], hyper: dict[str, Any]) -
     if hyper.get("nan_safe") and not columns[1]:
         raise ValueError(f"{name} needs grad_avgs for nan_safe")
     takes_step = hyper.pop("bias_correction", False)
-    if takes_step and len(steps) != len(params):
-        raise ValueError(f"{name} needs state_steps for bias_correction, one for each parameter")
-    return rule._replace(used=tuple(used), takes_step=takes_step)
+    seed, options = hyper.pop("rounding_seed"), {"stochastic_rounding": False}
+    options["stochastic_rounding"] = is_stochastic = hyper.pop("stochastic_rounding")
+    precision.check({**options, "rounding_seed": seed})
+    why = next(filter(None, (precision.why_not(options, param) for param in params)), None)
+    if why is not None:
+        raise ValueError(f"{name}: a parameter {why}")
+    for key, needed in (("bias_correction", takes_step), ("stochastic_rounding", is_stochastic)):
+        if needed and len(steps) != len(params):
+            raise ValueError(f"{name} needs state_steps for {key}, one for each parameter")
+    seed = seed if is_stochastic else None
+    return rule._replace(used=tuple(used), takes_step=takes_step, seed=seed)
+
+
+def _split(name: str, rule: Rule, params: list[Tensor], remainders: list[Tensor]) -> Rule:
+    """The rule of parameters in two halves."""
+    if len(remainders) != len(params) or rule.seed is not None:
+        raise ValueError(f"{name} needs a remainder for every parameter, and none that is rounded")
+    kinds = {param.dtype for param in params}, {remainder.dtype for remainder in remainders}
+    if kinds != ({torch.bfloat16}, {torch.int16}):
+        raise ValueError(f"{name} needs parameters of bfloat16 and remainders of int16")
+    return rule.with_remainder()
 
 
 def _is_current(plan: Plan, owners: list[list[weakref.ref[Tensor]]]) -> bool:
@@ -150,7 +177,11 @@ def _plan(name: str, rule: Rule, lists: Lists, grads: list[Tensor]) -> Plan:
             raise NotImplementedError(f"{name}: parameter {index} {why}")
     if overlapping(row[2:] for row in rows) or overlapping([step] for step in steps):
         raise ValueError(f"{name}: state of different parameters shares memory")
-    return Plan(rule, lists, grads, apart=overlapping([param] for param in params))
+    origins = None
+    if rule.seed is not None:
+        origins = [precision.origin(0, index, param) for index, param in enumerate(params)]
+    apart = overlapping([param] for param in params)
+    return Plan(rule, lists, grads, apart=apart, origins=origins)
 
 
 def _define(name: str, schema: str) -> None:
@@ -158,6 +189,7 @@ def _define(name: str, schema: str) -> None:
     packet, _, kind = name.partition(".")
     op: Any = getattr(getattr(torch.ops.tritonopt, packet), kind or "default")
     defaults = {x.name: x.default_value for x in op._schema.arguments if x.has_default_value()}
+    defaults.pop("remainders")
     for key in ("CPU", "CUDA", "XPU"):
         _library.impl(name, partial(_update, packet, defaults), key)
     torch.library.register_fake(f"tritonopt::{name}", lambda *_, **__: None, lib=_library)

@@ -12,7 +12,7 @@ from torch import Tensor
 from tritonopt.device import path
 from tritonopt.eager import Scratch, apply, number
 from tritonopt.eligible import belongs, same_layout
-from tritonopt.precision import Noise
+from tritonopt.precision import REMAINDER, Noise
 from tritonopt.slab import is_dense
 from tritonopt.span import all_given, spans, stretches
 from tritonopt.sweep import Sweep
@@ -29,6 +29,10 @@ class Rule(NamedTuple):
     used: tuple[str, ...]  # of it, what the group's options ask for
     takes_step: bool = False  # whether it takes the number of steps, too
     seed: int | None = None  # of random bits by which bf16 is rounded; None: to nearest
+
+    def with_remainder(self) -> "Rule":
+        """That of a parameter in two halves."""
+        return self._replace(state=(*self.state, REMAINDER), used=(*self.used, REMAINDER))
 
 
 class Part(NamedTuple):

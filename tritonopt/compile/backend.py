@@ -143,7 +143,7 @@ def _substitute(function: Any, op: Any) -> None:
     """From now on dynamo traces an op where the stock optimizer calls `function`."""
     inlined = FunctionType(function.__code__, function.__globals__, closure=function.__closure__)
     taken = {argument.name: argument.kwarg_only for argument in op.default._schema.arguments}
-    count = [*taken.values()].count(False)  # of lists
+    count = [*taken.values()].count(False) - 1  # of lists, without remainders
     name, names = function.__name__, [*inspect.signature(function).parameters][count:]
 
     @torch.compiler.substitute_in_graph(function, skip_signature_check=True)

@@ -32,7 +32,7 @@ def define_twin(library: torch.library.Library, overload: OpOverload, schema: st
 
 def written(lists: Sequence[Any]) -> list[Any]:
     """All of an op's lists in one, without the gradients, which it only reads."""
-    return [x for number, column in enumerate(lists) if number != 1 for x in column]
+    return [x for number, column in enumerate(lists) if number != 1 for x in column or ()]
 
 
 def _functionalize(overload: OpOverload, context: Any, *lists: Any, **hyper: Any) -> None:
@@ -62,7 +62,8 @@ def _check_aliases(lists: Sequence[list[Tensor]], hyper: dict[str, Any]) -> None
 
 
 def _on_copies(overload: OpOverload, *lists: Any, **hyper: Any) -> list[Tensor]:
-    copies = [[t.clone() if i != 1 else t for t in column] for i, column in enumerate(lists)]
+    pairs = [(i, column or []) for i, column in enumerate(lists)]
+    copies = [[t.clone() if i != 1 else t for t in column] for i, column in pairs]
     overload(*copies, **hyper)
     return written(copies)
 

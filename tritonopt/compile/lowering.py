@@ -32,7 +32,7 @@ def _lower(overload: Any, *lists: Any, **hyper: Any) -> list[ir.TensorBox]:
         return box if argument in final_copies else ir.ExternKernel.copy_input(box)
 
     columns = [
-        boxes if number == 1 else [memory(argument) for argument in column]
+        boxes if number == 1 else [memory(argument) for argument in column or ()]
         for number, (boxes, column) in enumerate(zip(lists, node.args, strict=True))
     ]
     for target, copy in final_copies.items():
