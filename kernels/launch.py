@@ -112,13 +112,15 @@ class Launch(Grid):
 
     def __init__(
         self, rule: Callable[..., None], params: Sequence[Tensor], columns: Columns,
-        origins: Sequence[int] | None = None,
+        is_split: bool = False, origins: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         numels = [param.numel() for param in params]
         super().__init__(numels, [params, *columns], params[0].device, BLOCK, origins)
         self.rule = rule
-        states = [c for c in columns if c is None or c[0].dtype is not torch.int16]
-        self.used = [state is not None for state in states]
+        self.used = [column is not None for column in columns]
+        if is_split:  # the last is the parameter's
+            self.types[-1] = tl.int16
+            self.used.pop()
 
     def __call__(
         self, grads: Grads, hyper: dict[str, Any],

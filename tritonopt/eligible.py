@@ -83,7 +83,7 @@ def why_not_together(param: Tensor, grad: Tensor | None, states: Sequence[Tensor
             return "has state of another shape or memory layout"
     if grad is not None and not belongs(grad, param):
         return BAD_GRADIENT
-    of_state = {state.dtype for state in states} - {torch.int16}  # a remainder, if anything
+    of_state = {state.dtype for state in states}
     dtypes = of_state | {tensor.dtype for tensor in (param, grad) if tensor is not None}
     if len(dtypes) > 1 and (len(of_state) > 1 or not dtypes <= {*HALF_OR_SINGLE}):
         return "mixes dtypes: " + ", ".join(sorted(str(d).replace("torch.", "") for d in dtypes))

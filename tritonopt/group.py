@@ -42,14 +42,16 @@ class Group:
         self.why_torch: str | None = optimizer._why_torch(self.options)
         self.beyond_torch = optimizer._beyond_torch(self.options)
         self.capturable = bool(self.options.get("capturable"))
+        self.state_dtype = self.options.get("state_dtype")  # as it is now
         self.hyper: dict[str, Any] = {} if self.why_torch else optimizer.hyper(self.options)
 
     def with_options_of(self, other: "Group") -> "Group":
         """This one, if what was found is good for the options of the other one; else that one."""
         mine, theirs = (
-            (g.rule._replace(launcher=None), g.why_torch, g.capturable)  # type: ignore[arg-type]
-            for g in (self, other)
-        )
+            (group.rule._replace(launcher=None),  # type: ignore[arg-type]
+             group.why_torch, group.capturable, group.state_dtype)
+            for group in (self, other)
+        )  # fmt: skip
         # What is left to torch may be so no more, or raise.
         if mine != theirs or (self.params and self.fallback and other.beyond_torch):
             return other
@@ -127,7 +129,12 @@ class Group:
             entry = {key: like if key in like_gradient else param for key in self.rule.used}
             for key in self.rule.used:
                 entry[key] = entry[key].to(self._dtype_of(key, param) or entry[key].dtype)
-        return eligible.why_not_together(param, param.grad, [entry[key] for key in self.rule.used])
+        states = [entry[key] for key in self.rule.used]
+        if precision.REMAINDER in self.rule.used:  # whose dtype does not matter
+            why = eligible.why_not_together(param, None, [states.pop()])
+            if why is not None:
+                return why
+        return eligible.why_not_together(param, param.grad, states)
 
     def _dtype_of(self, key: str, param: Tensor) -> torch.dtype | None:
         return precision.dtype_of(self.options, key, param)

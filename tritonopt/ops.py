@@ -172,6 +172,7 @@ def _plan(name: str, rule: Rule, lists: Lists, grads: list[Tensor]) -> Plan:
         if any(tensor.size() != row[0].size() for tensor in row):
             raise ValueError(f"{name}: a gradient or state has not the size of parameter {index}")
         param, grad, *states = (tensor.detach().contiguous() for tensor in row)
+        states = states[:-1] if rule.is_split else states  # without its remainder
         why = why_not_native(param) or why_not_together(param, grad, states)
         if why is not None:
             raise NotImplementedError(f"{name}: parameter {index} {why}")

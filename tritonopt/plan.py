@@ -30,6 +30,11 @@ class Rule(NamedTuple):
     takes_step: bool = False  # whether it takes the number of steps, too
     seed: int | None = None  # of random bits by which bf16 is rounded; None: to nearest
 
+    @property
+    def is_split(self) -> bool:
+        """Whether the last state are lower halves of the parameter, as int16."""
+        return REMAINDER in self.used
+
     def with_remainder(self) -> "Rule":
         """That of a parameter in two halves."""
         return self._replace(state=(*self.state, REMAINDER), used=(*self.used, REMAINDER))
@@ -113,12 +118,12 @@ class Plan:
         device, grad_dtype = params[0].device, self.grad_dtypes[some[0]]
         update: Any
         if path(device)[0] == "eager":
-            update = self.sweep(self.rule.eager, params, columns)
+            update = self.sweep(self.rule.eager, params, columns, self.rule.is_split)
         else:
             from tritonopt.kernels.launch import Launch
 
             origins = self.origins and [self.origins[index] for index in some]
-            update = Launch(self.rule.launcher(), params, columns, origins)
+            update = Launch(self.rule.launcher(), params, columns, self.rule.is_split, origins)
         written = sum(column[0].itemsize for column in (params, *columns) if column)
         return Part(some, update, device, grad_dtype, 2 * written + grad_dtype.itemsize)
 
@@ -169,6 +174,8 @@ class Plan:
                 step = float(lists[-1][index]) if self.rule.takes_step or self.origins else 0.0
                 given_step = {"step": step} if self.rule.takes_step else {}
                 tensors = [self.params[index], *(c and c[index] for c in self.columns)]
+                if self.rule.is_split:
+                    tensors[-1] = tensors[-1].view(torch.int16)  # type: ignore[union-attr]
                 noise = self._noise([index], step)
                 bits = [] if noise is None else noise.like(tensors)
                 apply(self.rule.eager, grad, tensors, Scratch(), {**hyper, **given_step}, bits)

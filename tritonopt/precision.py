@@ -16,7 +16,8 @@ OPTIONS = {"state_dtype": None, "master": None, "stochastic_rounding": False, "r
 """Of a param group, with the values of torch's rule."""
 
 Master = Literal["split"]
-REMAINDER = "remainder"  # of the state: the lower halves
+REMAINDER = "remainder"
+"""Of the state: lower halves, int16 by their bits, which collectives do not know, bf16 by dtype."""
 
 
 def check(group: dict[str, Any]) -> None:
@@ -48,7 +49,7 @@ def why_not(group: dict[str, Any], param: Tensor) -> str | None:
 def dtype_of(group: dict[str, Any], key: str, param: Tensor) -> torch.dtype | None:
     """The dtype of a parameter's state that options ask for; None: what torch gives it."""
     if key == REMAINDER:
-        return torch.int16
+        return torch.bfloat16
     in_single = group.get("state_dtype") or group.get("master")
     return torch.float32 if in_single and key != "step" and param.dtype in HALF else None
 
@@ -62,15 +63,14 @@ def fitted(
         ValueError: the remainder is not what was saved.
     """
     if group.get("master") and REMAINDER not in entry:
-        remainder = torch.zeros_like(param, dtype=torch.int16, requires_grad=False)
-        entry = {**entry, REMAINDER: remainder}
+        entry = {**entry, REMAINDER: torch.zeros_like(param, requires_grad=False)}
     for key in entry.keys() & keys:
         value, dtype = entry[key], dtype_of(group, key, param)
         if isinstance(value, Tensor) and dtype not in (None, value.dtype):
             if key == REMAINDER:
                 raise ValueError(
-                    f"state {key!r} is of {value.dtype}, not of int16: some other optimizer has "
-                    f"converted it. Delete it, to go on from parameters as they are"
+                    f"state {key!r} was converted to {value.dtype}, which is no number to convert: "
+                    "delete it, to go on from parameters as they are"
                 )
             entry = {**entry, key: value.to(dtype)}
     return entry
@@ -104,7 +104,7 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def joined(high: Tensor, low: Tensor) -> Tensor:
     """The fp32 of which these are the halves. What somebody has set to 0 since is 0, or nearly."""
-    bits = high.view(torch.int16).to(torch.int32) << 16
+    bits, low = high.view(torch.int16).to(torch.int32) << 16, low.view(torch.int16)
     magnitude = ((bits & 0x7FFFFFFF) + low).clamp_min_(0)
     return (bits.bitwise_and_(-0x80000000) | magnitude).view(torch.float32)
 

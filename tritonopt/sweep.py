@@ -44,9 +44,10 @@ class Sweep:
     path = "eager"  # in `describe()`
 
     def __init__(
-        self, rule: Callable[..., None], params: Sequence[Tensor], columns: Columns
-    ) -> None:
-        self.rule = rule
+        self, rule: Callable[..., None], params: Sequence[Tensor], columns: Columns,
+        is_split: bool = False,
+    ) -> None:  # fmt: skip
+        self.rule, self.is_split = rule, is_split
         self.piece = self._piece(params)
         self.dtype = computed_in(params[0])
         self.columns: list[Any] = [params, *columns]
@@ -93,6 +94,8 @@ class Sweep:
                 if noise is not None:
                     bits = self._bits(noise, some, first, grad.numel(), piece)
                     first += grad.numel()
+                if self.is_split:
+                    piece[-1] = piece[-1].view(torch.int16)
                 if factor is not None:
                     grad = grad.to(self.dtype) * factor
                 self._update(piece, grad, hyper, bits)

@@ -72,10 +72,11 @@ class CompiledSweep(Sweep):
         numbers = {name: float(v) for name, v in hyper.items() if name not in constants}
         dtypes = [column and column[0].dtype for column in self.columns]
         options = repr(sorted(self.kwargs.items()))
-        kind = self.rule, many, dtype, noisy, *dtypes, *constants.items(), *numbers, options
+        kind = self.rule, self.is_split, many, dtype, noisy, *dtypes, *constants.items(), *numbers
+        kind = *kind, options
         if kind not in _graphs:
             loop = PARALLEL_LOOP if many else SERIAL_LOOP
-            fixed = self.rule, constants, [*numbers], len(dtypes)
+            fixed = self.rule, constants, [*numbers], len(self.columns)
             _graphs[kind] = Graph(fixed, loop, self.kwargs)
         return _graphs[kind], torch.tensor([*numbers.values()], dtype=torch.float64, device="cpu")
 
