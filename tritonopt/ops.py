@@ -15,20 +15,19 @@ Positional arguments are lists of tensors. The others are those of :class:`trito
     rmsprop_(params, grads, square_avgs, grad_avgs, momentum_buffers, state_steps, remainders=None,
         *, lr=1e-2, alpha=0.99, eps=1e-8, weight_decay=0, momentum=0, maximize=False,
         eps_in_sqrt=False, lr_in_momentum=False, nesterov=False, decoupled_weight_decay=False,
-        bias_correction=False,
-        nan_safe=False, stochastic_rounding=False, rounding_seed=0)
+        bias_correction=False, nan_safe=False, stochastic_rounding=False, rounding_seed=0)
     rprop_(params, grads, prevs, step_sizes, state_steps, remainders=None, *, etaminus=0.5,
         etaplus=1.2, step_size_min=1e-6, step_size_max=50, maximize=False, variant="irprop-",
         loss_rose=False, compact=False, stochastic_rounding=False, rounding_seed=0)
 
 Lists of one call have equal lengths; a list that is not used is empty: `grad_avgs`, which make the
 rule the centered one, `momentum_buffers` without momentum, and `prevs` if `compact`: both states of
-fp32 parameters are in `step_sizes` then, as `tritonopt.compact.encoded` makes them. `remainders` of
-int16 are those of `master="split"`, to be 0 in the beginning. 1 is added to
-each of `state_steps`, however many there are. Every list may mix devices, dtypes and memory
-layouts; a gradient and the state of a parameter have its shape and device, and are all fp64 or all
-of fp16, bf16 and fp32. `lr` is a float or a tensor with one element. Where a compiled graph changes
-other hyperparameters without being compiled again, they are tensors, too: the overload
+fp32 parameters are in `step_sizes` then, as `tritonopt.compact.encoded` makes them. With
+`remainders`, of int16 and 0 in the beginning, bf16 parameters are as with `master="split"`. 1 is
+added to each of `state_steps`, however many there are. Every list may mix devices, dtypes and
+memory layouts; a gradient and the state of a parameter have its shape and device, and are all fp64
+or all of fp16, bf16 and fp32. `lr` is a float or a tensor with one element. Where a compiled graph
+changes other hyperparameters without being compiled again, they are tensors, too: the overload
 `rmsprop_.tensor_hyper`.
 
 Raises:

@@ -16,7 +16,7 @@ checkpoints, missing gradients, moved parameters, clipping, `compile()` and `des
 2. **The rule on the device**, for GPUs and the interpreter, its kernel, and what launches that:
    read `kernels/rprop.py`, and `rprop_` in `kernels/launch.py`. `update` reads and writes; the rule
    gets values, and returns the parameter's and the state's new ones. Every kernel begins with the
-   same four pointers and ends with the same two constants.
+   same five pointers and ends with the same two constants.
 
        @triton.jit
        def sign_rule(param, grad, momentum_buffer, lr, momentum):
@@ -39,7 +39,7 @@ checkpoints, missing gradients, moved parameters, clipping, `compile()` and `des
 3. **The class.**
 
        class Sign(FusedOptimizer):
-           def __init__(self, params, lr=1e-3, momentum=0.9, **options):  # max_grad_norm, fused_amp
+           def __init__(self, params, lr=1e-3, momentum=0.9, **options):  # master, max_grad_norm
                super().__init__(params, {"lr": lr, "momentum": momentum}, **options)
 
            def rule(self, group):

@@ -68,21 +68,32 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
             the update, and the gradient left as it is.
         nan_safe: with ``centered``, a variance that rounding makes negative counts as 0: ``eps``
             alone divides then. In torch it gives NaN, to which a constant gradient leads.
+        state_dtype: ``torch.float32``: the state of parameters in half precision is of fp32.
+        master: ``"split"``: what bf16 parameters lack of fp32 is kept in the state, in 2 bytes an
+            element. The rest of the state is of fp32 then. Both halves together are trained as an
+            fp32 parameter is, to the last bit, without a copy of it. What somebody else writes to a
+            parameter counts to within half a unit in its last place.
+        stochastic_rounding: bf16 parameters and bf16 state are rounded to one of their two nearest
+            values at random, which is right on average: rounded to nearest, an update of less than
+            half a unit in the last place is lost. Which one depends on the seed, the place in the
+            param groups and the step: replicas and all paths do the same.
+        rounding_seed: from 0 to 2^31 - 1.
 
     Options from ``fused_amp`` on are not torch's; from ``eps_in_sqrt`` on they change the rule, and
     raise where only torch's code can step. A checkpoint without them leaves them as they are.
 
     As in torch, a parameter gets state at the first step at which it has a gradient: ``step`` (a
     float32 scalar), and of its shape and dtype ``square_avg``, ``momentum_buffer`` if ``momentum``
-    is positive, ``grad_avg`` if ``centered``.
+    is positive, ``grad_avg`` if ``centered``; and ``remainder`` with ``master``, whose bits are an
+    int16's: no number of its dtype.
 
     Raises:
         ValueError: a hyperparameter is negative, a tensor ``lr`` has several elements, ``nesterov``
             or ``lr_in_momentum`` has no ``momentum`` (with ``eps_in_sqrt`` and an ``initial_scale``
             of 1, as in timm, the latter waits for one), ``nan_safe`` is given without ``centered``,
-            ``bias_correction`` has an ``alpha`` of 1
-            or more, ``max_grad_norm`` is not positive, or an option that changes the rule meets
-            ``foreach`` or ``differentiable``.
+            ``bias_correction`` has an ``alpha`` of 1 or more, ``max_grad_norm`` is not positive,
+            ``stochastic_rounding`` meets ``master`` or a float16 parameter, ``master`` one that is
+            not of bfloat16, or an option that changes the rule ``foreach`` or ``differentiable``.
         RuntimeError: ``fused_amp`` is given with ``differentiable``.
 
     Example:

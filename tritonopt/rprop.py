@@ -41,7 +41,8 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
             torch. A float, or a tensor with one element.
         etas: factors ``(etaminus, etaplus)`` by which a step size shrinks and grows.
         step_sizes: the least and the greatest step size, in units of the parameter.
-        capturable, foreach, maximize, differentiable, fused_amp, max_grad_norm, compile: as of
+        capturable, foreach, maximize, differentiable, fused_amp, max_grad_norm, compile,
+            state_dtype, master, stochastic_rounding, rounding_seed: as of
             :class:`tritonopt.RMSprop`.
         variant: what happens to an element whose gradient changes its sign, besides that its step
             size shrinks. Torch has only the first: the others raise where only its code can step.
@@ -69,8 +70,8 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
     Raises:
         ValueError: ``lr`` is negative or has several elements, the factors are not
             ``0 < etaminus < 1 < etaplus``, ``max_grad_norm`` is not positive, there is no such
-            ``variant``, or ``foreach`` or ``differentiable`` is given with ``compact`` or a variant
-            that torch does not have.
+            ``variant``, or ``foreach`` or ``differentiable`` is given with ``compact`` or another
+            option that torch does not have; for bf16, what :class:`tritonopt.RMSprop` raises.
         RuntimeError: ``fused_amp`` is given with ``differentiable``.
 
     Example:
