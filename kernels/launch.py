@@ -21,7 +21,7 @@ BLOCK, THREADS = 1024, 128  # 8 elements a thread: 128 bits of a tensor in half 
 NORM_BLOCK = 4096  # elements of which one program adds up the squares: 32 a thread
 RECENT_TABLES = 8  # the caching allocator repeats itself with a short period
 REGISTERS = 168  # of a thread, at most, in fp64: three blocks of 128 share a multiprocessor's 65536
-NAMES = "float16", "bfloat16", "float32", "float64", "int16"
+NAMES = "float16", "bfloat16", "float32", "float64", "int16", "uint8"
 TYPES = {getattr(torch, name): getattr(tl, name) for name in NAMES}
 
 Grads = Sequence[Tensor | None]
@@ -112,15 +112,15 @@ class Launch(Grid):
 
     def __init__(
         self, rule: Callable[..., None], params: Sequence[Tensor], columns: Columns,
-        is_split: bool = False, origins: Sequence[int] | None = None,
+        origins: Sequence[int] | None = None, *, is_split: bool = False, is_quantized: bool = False,
     ) -> None:  # fmt: skip
         numels = [param.numel() for param in params]
         super().__init__(numels, [params, *columns], params[0].device, BLOCK, origins)
         self.rule = rule
-        self.used = [column is not None for column in columns]
-        if is_split:  # the last is the parameter's
+        extra = is_split + is_quantized  # columns at the end that a rule does not see
+        self.used = [column is not None for column in columns][: len(columns) - extra]
+        if is_split:
             self.types[-1] = tl.int16
-            self.used.pop()
 
     def __call__(
         self, grads: Grads, hyper: dict[str, Any],

@@ -9,6 +9,8 @@ import triton.language as tl
 
 from tritonopt.kernels.arithmetic import INTERPRETED
 from tritonopt.kernels.precision import joined, rounded, split
+from tritonopt.kernels.quantized import BLOCK as SCALED
+from tritonopt.kernels.quantized import decoded, encoded, of_blocks
 
 PIECES: tl.constexpr = tl.constexpr(1 if INTERPRETED.value else 4)
 """In which a masked block is updated, one after the other: else it takes 72 registers a thread in
@@ -21,7 +23,8 @@ def update(
     TYPES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Up to BLOCK elements of one tensor. TYPES: of what the addresses in a row are of; where the
-    last is int16, it holds the lower halves of the parameter."""
+    last is int16, it holds the lower halves of the parameter; where the first state is uint8, the
+    last but for that holds its scales."""
     # A row of the table: numel, the addresses of gradient, parameter and states; 0 where there is
     # no gradient, or no such state. With noise, also where the tensor's counters begin.
     WIDTH: tl.constexpr = len(TYPES) + (1 if noise_ptr is None else 2)
@@ -32,7 +35,8 @@ def update(
     addresses, bits = (), 0
     for column in tl.static_range(len(TYPES)):
         addresses = addresses + (tl.load(row_ptr + 1 + column),)
-        bits = bits | addresses[column]
+        if column != scales_in(TYPES):
+            bits = bits | addresses[column]
     present = addresses[0] != 0
     if skip_ptr is not None:
         present = present & (tl.load(skip_ptr) == 0)
@@ -66,28 +70,39 @@ def piece(
 ):  # fmt: skip
     offs = tl.arange(0, NUMEL)
     COMPUTE: tl.constexpr = tl.float64 if TYPES[1] == tl.float64 else tl.float32
-    ptrs, values = (), ()
+    ptrs, values, scaled = (), (), None
+    if scales_in(TYPES) and mask is not None and NUMEL > SCALED:
+        scaled = of_blocks(mask, NUMEL)
     for column in tl.static_range(len(TYPES)):
         if TYPES[column] is None:  # whatever: triton 3.6 cannot return None
             ptrs, values = ptrs + (offs,), values + (values[0],)
+        elif column == scales_in(TYPES):
+            ptr = addresses[column].to(tl.pointer_type(TYPES[column]))
+            ptrs = ptrs + (ptr + start // SCALED + tl.arange(0, NUMEL // SCALED),)
+            values = values + (tl.load(ptrs[column], scaled),)
         else:
             ptr = addresses[column].to(tl.pointer_type(TYPES[column]))
             ptrs = ptrs + (tl.multiple_of(ptr, ALIGNMENT) + start + offs,)
             value = tl.load(ptrs[column], mask)
-            if TYPES[column] != tl.int16:
+            if TYPES[column].is_floating():
                 value = value.to(COMPUTE)
             values = values + (value,)
     grad = values[0]
     if factor_ptr is not None:
         grad = grad * tl.load(factor_ptr).to(COMPUTE)
 
+    param, states = values[1], values[2:]
     if is_split(TYPES):
-        param = joined(values[1], values[-1])
-        values = RULE(param, grad, *values[2:-1], *arguments)
+        param, states = joined(param, states[-1]), states[:-1]
+    if scales_in(TYPES):
+        states = (decoded(states[0], states[-1], NUMEL),) + states[1:-1]
+    values = RULE(param, grad, *states, *arguments)
+    if scales_in(TYPES):
+        code, scale = encoded(values[1], mask, NUMEL)
+        values = (values[0], code) + values[2:] + (scale,)
+    if is_split(TYPES):
         high, low = split(values[0])
         values = (high,) + values[1:] + (low,)
-    else:
-        values = RULE(values[1], grad, *values[2:], *arguments)
 
     if differ(TYPES):  # then a thread may store other elements of a tensor than it has loaded
         tl.debug_barrier()
@@ -96,7 +111,15 @@ def piece(
             value = values[column - 1]
             if noise is not None and TYPES[column] == tl.bfloat16:
                 value = rounded(value, noise[0], noise[1] + (start >> 3), offs, column - 1)
-            tl.store(ptrs[column], value, mask)
+            tl.store(ptrs[column], value, scaled if column == scales_in(TYPES) else mask)
+
+
+@triton.constexpr_function
+def scales_in(types):
+    """Which column has scales; 0: none."""
+    if len(types) < 3 or types[2] != tl.uint8:
+        return 0
+    return len(types) - (2 if is_split(types) else 1)
 
 
 @triton.constexpr_function

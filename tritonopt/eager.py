@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tritonopt.precision import HALF, joined, rounded, split
+from tritonopt.quantized import decoded, encoded
 
 hardtanh_backward = torch.ops.aten.hardtanh_backward
 threshold_backward = torch.ops.aten.threshold_backward
@@ -57,16 +58,24 @@ def apply(
 ) -> None:  # fmt: skip
     """A rule over one parameter and its state, `tensors`. What is half is rounded once.
 
-    A last tensor of int16 has the lower halves of the parameter. `noise`: by which random bits
-    each tensor is rounded; None, or none at all: to nearest.
+    A last tensor of int16 has the lower halves of the parameter. Where the first state is of uint8,
+    the last but for that has its scales. `noise`: by which random bits each tensor is rounded;
+    None, or none at all: to nearest.
     """
     dtype = computed_in(tensors[0])
     low = tensors[-1] if tensors[-1] is not None and tensors[-1].dtype is torch.int16 else None
     tensors = tensors if low is None else tensors[:-1]
+    code = scale = None
+    if len(tensors) > 2 and tensors[1].dtype is torch.uint8:
+        code, scale = tensors[1], tensors[-1]
+        tensors = [tensors[0], decoded(code, scale), *tensors[2:-1]]
     work: list[Any] = [tensor if tensor is None else tensor.to(dtype) for tensor in tensors]
     if low is not None:
         work[0] = joined(tensors[0], low)
     rule(work[0], grad.to(dtype), *work[1:], scratch, **hyper)
+    if code is not None and scale is not None:
+        for tensor, value in zip((code, scale), encoded(work[1]), strict=True):
+            tensor.copy_(value)
     if low is not None:
         work[0], rest = split(work[0])
         low.copy_(rest)

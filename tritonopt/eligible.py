@@ -67,13 +67,17 @@ def why_not_native(param: Tensor) -> str | None:
     return None if kind else name
 
 
-def why_not_together(param: Tensor, grad: Tensor | None, states: Sequence[Tensor]) -> str | None:
-    """Why a parameter that has state is left to torch; None if a launch can take it."""
-    if not all(same_shards(param, state) for state in states):
+def why_not_together(
+    param: Tensor, grad: Tensor | None, states: Sequence[Tensor], codes: Sequence[Tensor] = ()
+) -> str | None:
+    """Why a parameter that has state is left to torch; None if a launch can take it. `codes` are
+    state, too, of dtypes that do not matter."""
+    if not all(same_shards(param, state) for state in (*states, *codes)):
         return "has state that is sharded in another way"
     if grad is not None and not same_shards(param, grad):
         return BAD_GRADIENT
-    param, grad, *states = map(local, (param, grad, *states))
+    count = len(states)
+    param, grad, *states = map(local, (param, grad, *states, *codes))
     for state in states:
         if not isinstance(state, Tensor) or not is_plain(state) or state.is_neg():
             return "has state that is not a plain tensor"
@@ -83,7 +87,7 @@ def why_not_together(param: Tensor, grad: Tensor | None, states: Sequence[Tensor
             return "has state of another shape or memory layout"
     if grad is not None and not belongs(grad, param):
         return BAD_GRADIENT
-    of_state = {state.dtype for state in states}
+    of_state = {state.dtype for state in states[:count]}
     dtypes = of_state | {tensor.dtype for tensor in (param, grad) if tensor is not None}
     if len(dtypes) > 1 and (len(of_state) > 1 or not dtypes <= {*HALF_OR_SINGLE}):
         return "mixes dtypes: " + ", ".join(sorted(str(d).replace("torch.", "") for d in dtypes))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _get_capturable_supported_devices
 
-from tritonopt import eligible, precision
+from tritonopt import eligible, precision, quantized
 from tritonopt.device import is_capturing, path
 from tritonopt.plan import Grads, Lists, Plan, Rule
 from tritonopt.scaling import scaled
@@ -129,12 +129,12 @@ class Group:
             entry = {key: like if key in like_gradient else param for key in self.rule.used}
             for key in self.rule.used:
                 entry[key] = entry[key].to(self._dtype_of(key, param) or entry[key].dtype)
-        states = [entry[key] for key in self.rule.used]
-        if precision.REMAINDER in self.rule.used:  # whose dtype does not matter
-            why = eligible.why_not_together(param, None, [states.pop()])
-            if why is not None:
-                return why
-        return eligible.why_not_together(param, param.grad, states)
+        if quantized.SCALE in entry and entry[quantized.SCALE].device != param.device:
+            return f"has state on {entry[quantized.SCALE].device}"
+        special = quantized.CODE, quantized.SCALE, precision.REMAINDER
+        codes = [entry[key] for key in self.rule.used if key in (special[0], special[2])]
+        states = [entry[key] for key in self.rule.used if key not in special]
+        return eligible.why_not_together(param, param.grad, states, codes)
 
     def _dtype_of(self, key: str, param: Tensor) -> torch.dtype | None:
         return precision.dtype_of(self.options, key, param)
@@ -182,11 +182,12 @@ class Group:
 
     def _gather(self) -> tuple[Lists, list[Tensor | None]]:
         """What the plan writes, and the gradients."""
-        entries = self._native_entries
+        entries, keys = self._native_entries, self.rule.state
         lists = [self.native, *([*map(get, entries)] if get else [] for get in self._getters)]
         grads: Any = [param.grad for param in self.native]
         if self.sharded:
-            for column in (*lists[:-1], grads):
+            pairs = zip(lists[1:], keys, strict=False)
+            for column in (*(column for column, key in pairs if key != quantized.SCALE), grads):
                 pairs = zip(self.native, column, strict=False)
                 if not all(t is None or same_shards(param, t) for param, t in pairs):
                     raise Stale
@@ -253,7 +254,8 @@ class Group:
 
     def expected_bytes(self, param: Tensor) -> int:
         """That a step will move of each element, if its gradient has its dtype."""
-        dtypes = (self._dtype_of(key, param) or param.dtype for key in self.rule.used)
+        keys = (key for key in self.rule.used if key != quantized.SCALE)  # 4 bytes a block
+        dtypes = (self._dtype_of(key, param) or param.dtype for key in keys)
         return 3 * param.itemsize + 2 * sum(dtype.itemsize for dtype in dtypes)
 
 

@@ -110,6 +110,18 @@ class FusedOptimizer(RuleOptimizer):
         if self._compile_kwargs is not None:
             self.compile(**self._compile_kwargs)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's, in the form in which torch has the state."""
+
+        def convert(optimizer: Any, saved: dict[str, Any]) -> None:
+            saved["state"] = {key: self._torchs(entry) for key, entry in saved["state"].items()}
+
+        handle = self.register_state_dict_post_hook(convert, prepend=True)  # before the user's
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
         given: list[dict[str, Any]] = []
         before = self.register_load_state_dict_pre_hook(lambda _, saved: given.append(saved))

@@ -13,6 +13,7 @@ from tritonopt.device import path
 from tritonopt.eager import Scratch, apply, number
 from tritonopt.eligible import belongs, same_layout
 from tritonopt.precision import REMAINDER, Noise
+from tritonopt.quantized import CODE, SCALE, TORCHS
 from tritonopt.slab import is_dense
 from tritonopt.span import all_given, spans, stretches
 from tritonopt.sweep import Sweep
@@ -34,6 +35,19 @@ class Rule(NamedTuple):
     def is_split(self) -> bool:
         """Whether the last state are lower halves of the parameter, as int16."""
         return REMAINDER in self.used
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the squares' average are codes, with scales as the last state but remainders."""
+        return SCALE in self.used
+
+    def with_codes(self) -> "Rule":
+        """That of quantized averages of squares."""
+        state, used = (
+            (*(CODE if key == TORCHS else key for key in keys), SCALE)
+            for keys in (self.state, self.used)
+        )
+        return self._replace(state=state, used=used)
 
     def with_remainder(self) -> "Rule":
         """That of a parameter in two halves."""
@@ -78,7 +92,8 @@ class Plan:
         self.apart = sorted(apart)
         self.members: dict[Any, list[int]] = {}  # of each launch or sweep
         for i, param in enumerate(params):
-            states = [column[i] for column in columns if column]
+            keyed = zip(rule.state, columns, strict=True)
+            states = [column[i] for key, column in keyed if column and key != SCALE]
             if not is_dense(param) or not all(same_layout(state, param) for state in states):
                 self.apart = sorted({*self.apart, i})
             elif i not in self.apart:
@@ -117,14 +132,17 @@ class Plan:
         columns = [c and [c[index] for index in some] for c in self.columns]
         device, grad_dtype = params[0].device, self.grad_dtypes[some[0]]
         update: Any
+        how = {"is_split": self.rule.is_split, "is_quantized": self.rule.is_quantized}
         if path(device)[0] == "eager":
-            update = self.sweep(self.rule.eager, params, columns, self.rule.is_split)
+            update = self.sweep(self.rule.eager, params, columns, **how)
         else:
             from tritonopt.kernels.launch import Launch
 
             origins = self.origins and [self.origins[index] for index in some]
-            update = Launch(self.rule.launcher(), params, columns, self.rule.is_split, origins)
-        written = sum(column[0].itemsize for column in (params, *columns) if column)
+            update = Launch(self.rule.launcher(), params, columns, origins, **how)
+        keys = ("param", *self.rule.state)
+        pairs = zip(keys, (params, *columns), strict=True)
+        written = sum(column[0].itemsize for key, column in pairs if column and key != SCALE)
         return Part(some, update, device, grad_dtype, 2 * written + grad_dtype.itemsize)
 
     def is_for(self, lists: Lists) -> bool:

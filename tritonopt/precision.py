@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from tritonopt import quantized
 from tritonopt.shard import coordinates
 
 HALF = (torch.float16, torch.bfloat16)
@@ -41,6 +42,8 @@ def why_not(group: dict[str, Any], param: Tensor) -> str | None:
     dtype = str(param.dtype).removeprefix("torch.")
     if group.get("master") and param.dtype != torch.bfloat16:
         return f"is {dtype}, not bfloat16: give it to a param group without master"
+    if group.get("quantized") and param.dtype == torch.float64:
+        return "is float64: give it to a param group without quantized"
     if group.get("stochastic_rounding") and param.dtype == torch.float16:
         return "is float16, which only bfloat16 is rounded to stochastically"
     return None
@@ -50,7 +53,10 @@ def dtype_of(group: dict[str, Any], key: str, param: Tensor) -> torch.dtype | No
     """The dtype of a parameter's state that options ask for; None: what torch gives it."""
     if key == REMAINDER:
         return torch.bfloat16
-    in_single = group.get("state_dtype") or group.get("master")
+    if key == quantized.CODE:
+        return torch.uint8
+    in_single = group.get("state_dtype") or group.get("master") or key == quantized.SCALE
+    in_single = in_single or (group.get("quantized") and key == quantized.TORCHS)  # loaded
     return torch.float32 if in_single and key != "step" and param.dtype in HALF else None
 
 
@@ -62,6 +68,10 @@ def fitted(
     Raises:
         ValueError: the remainder is not what was saved.
     """
+    if quantized.CODE in keys:
+        entry = quantized.compressed(entry, param)
+    elif quantized.CODE in entry:  # an option that is no more
+        entry = quantized.expanded(entry)
     if group.get("master") and REMAINDER not in entry:
         entry = {**entry, REMAINDER: torch.zeros_like(param, requires_grad=False)}
     for key in entry.keys() & keys:

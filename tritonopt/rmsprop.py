@@ -14,10 +14,11 @@ from tritonopt.libraries import TIMM_ALONE, from_timm
 from tritonopt.optimizer import FusedOptimizer
 from tritonopt.plan import Rule
 from tritonopt.precision import OPTIONS, Master
+from tritonopt.quantized import CODE, SCALE, expanded
 
 _HYPER = ("alpha", "eps", "weight_decay", "momentum", "maximize")
 _SWITCHES = ("eps_in_sqrt", "lr_in_momentum", "nesterov", "decoupled_weight_decay", "nan_safe")
-_BEYOND_TORCH = ("initial_scale", "bias_correction", *_SWITCHES)
+_BEYOND_TORCH = ("initial_scale", "bias_correction", "quantized", *_SWITCHES)
 STATE = ("square_avg", "grad_avg", "momentum_buffer")
 
 
@@ -120,12 +121,12 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         decoupled_weight_decay: bool = False, nan_safe: bool = False, fused_amp: bool = False,
         max_grad_norm: float | None = None, compile: bool | dict[str, Any] = False,
         state_dtype: torch.dtype | None = None, master: Master | None = None,
-        stochastic_rounding: bool = False, rounding_seed: int = 0,
+        stochastic_rounding: bool = False, rounding_seed: int = 0, quantized: bool = False,
     ) -> None:  # fmt: skip
         options = dict(
             eps_in_sqrt=eps_in_sqrt, lr_in_momentum=lr_in_momentum, initial_scale=initial_scale,
             nesterov=nesterov, bias_correction=bias_correction,
-            decoupled_weight_decay=decoupled_weight_decay, nan_safe=nan_safe,
+            decoupled_weight_decay=decoupled_weight_decay, nan_safe=nan_safe, quantized=quantized,
         )  # fmt: skip
         super().__init__(
             params, lr, alpha, eps, weight_decay, momentum, centered,
@@ -142,7 +143,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         if group["centered"]:
             used.append("grad_avg")
         takes_step = bool(self._option(group, "bias_correction"))
-        return Rule("RMSprop", eager.rmsprop_, launcher, STATE, tuple(used), takes_step)
+        rule = Rule("RMSprop", eager.rmsprop_, launcher, STATE, tuple(used), takes_step)
+        return rule.with_codes() if self._option(group, "quantized") else rule
 
     def hyper(self, group: dict[str, Any]) -> dict[str, Any]:
         hyper = dict(zip(_HYPER, itemgetter(*_HYPER)(group), strict=True))
@@ -152,7 +154,13 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         return hyper
 
     def initial(self, key: str, group: dict[str, Any]) -> float:
-        return float(self._option(group, "initial_scale")) if key == "square_avg" else 0.0
+        start = float(self._option(group, "initial_scale"))
+        if key == CODE:
+            return 255.0 if start else 0.0
+        return start if key in ("square_avg", SCALE) else 0.0
+
+    def _torchs(self, entry: Any) -> Any:
+        return expanded(entry)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         groups = state.get("param_groups", [])
@@ -173,6 +181,8 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
                 raise ValueError(f"{name}=True requires a momentum")
         if self._option(group, "nan_safe") and not group["centered"]:
             raise ValueError("nan_safe=True requires centered=True")
+        if self._option(group, "quantized") and group["centered"]:
+            raise ValueError("quantized=True leaves no variance for centered=True: leave one out")
         if self._option(group, "bias_correction") and not group["alpha"] < 1:
             raise ValueError("bias_correction=True requires an alpha below 1")
 

@@ -151,15 +151,8 @@ class Rprop(FusedOptimizer, torch.optim.Rprop):
     def _fitted(self, param: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
         return compressed(entry, param) if self.compact else entry
 
-    def state_dict(self) -> dict[str, Any]:
-        """Torch's, also with ``compact=True``: it makes two tensors of each state then."""
-        if not self.compact:
-            return super().state_dict()
-        handle = self.register_state_dict_post_hook(_expand, prepend=True)  # before the user's
-        try:
-            return super().state_dict()
-        finally:
-            handle.remove()
+    def _torchs(self, entry: Any) -> Any:
+        return expanded(entry) if self.compact else entry
 
     def _check(self, group: dict[str, Any]) -> None:
         if self._option(group, "variant") not in VARIANTS:
@@ -221,7 +214,3 @@ def launcher() -> Any:
 
 PLAIN = Rule("Rprop", eager.rprop_, launcher, STATE, STATE)
 COMPACT = Rule("Rprop", compact_rprop_, launcher, (KEY,), (KEY,))
-
-
-def _expand(optimizer: Any, saved: dict[str, Any]) -> None:
-    saved["state"] = {key: expanded(entry) for key, entry in saved["state"].items()}

@@ -175,6 +175,10 @@ class RuleOptimizer(torch.optim.Optimizer):
         """State as the rule takes it, of what somebody has loaded or written."""
         return entry
 
+    def _torchs(self, entry: Any) -> Any:
+        """State as a checkpoint has it."""
+        return entry
+
     def _is_untrained(self, entry: Any) -> bool:
         """Whether state was made by a dummy step: `_start` starts it from the options then."""
         return False

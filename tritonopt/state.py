@@ -9,7 +9,8 @@ from torch.optim.optimizer import _get_scalar_dtype
 
 from tritonopt import slab
 from tritonopt.eligible import why_not_native
-from tritonopt.shard import is_sharded
+from tritonopt.quantized import SCALE, blocks
+from tritonopt.shard import is_sharded, local
 
 
 @torch.inference_mode(False)
@@ -39,6 +40,8 @@ def make_state(
             # One that makes no plain tensors is alone; sharded checkpoints need its type.
             shapes = batch if _makes_plain(first) else [like]
             dtype = dtype_of(key, first) or like.dtype
+            if key == SCALE:
+                shapes = [torch.empty(blocks(local(p).numel()), device="meta") for p in batch]
             columns[key] = slab.allocate(shapes, dtype, like.device, start)
         for param, *values in zip(batch, *columns.values(), strict=True):
             state[param].update(zip(columns, values, strict=True))

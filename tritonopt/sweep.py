@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tritonopt.eager import Scratch, apply, computed_in
 from tritonopt.precision import Noise
+from tritonopt.quantized import BLOCK
 from tritonopt.slab import filled, flattened
 from tritonopt.span import Columns, Span, all_given, spans, stretches
 
@@ -45,9 +46,9 @@ class Sweep:
 
     def __init__(
         self, rule: Callable[..., None], params: Sequence[Tensor], columns: Columns,
-        is_split: bool = False,
+        *, is_split: bool = False, is_quantized: bool = False,
     ) -> None:  # fmt: skip
-        self.rule, self.is_split = rule, is_split
+        self.rule, self.is_split, self.is_quantized = rule, is_split, is_quantized
         self.piece = self._piece(params)
         self.dtype = computed_in(params[0])
         self.columns: list[Any] = [params, *columns]
@@ -56,12 +57,21 @@ class Sweep:
             self.columns = [column and list(map(flattened, column)) for column in self.columns]
         self.in_place = all(c[0].dtype is self.dtype for c in self.columns if c)
         self.join = torch.cat if all(p.dim() == 1 for p in self.columns[0]) else flatten
+        if is_quantized:  # blocks are of one tensor
+            filled_ones = [index for index, param in enumerate(params) if param.numel()]
+            self.batches = []
+            self.spans = [self._alone(index) for index in filled_ones]
+            return
         self.spans, apart = spans(self.columns, min(self.piece, PIECE), GATHERED)
         small = [index for index in apart if params[index].numel() <= SMALL]
         small = small if len(small) > FEW else []
         self.batches = filled(small, lambda index: params[index].numel(), SERIAL)
         self.spans += [Span.of(self.columns, [index]) for index in {*apart} - {*small}]
         self.spans.sort(key=lambda span: span.first)
+
+    def _alone(self, index: int) -> Span:
+        flats = [column and flattened(column[index]) for column in self.columns]
+        return Span(index, [0, flats[0].numel()], flats)
 
     def _piece(self, params: Sequence[Tensor]) -> int:
         asleep = len(params) >= MANY and sum(p.numel() for p in params) <= LITTLE
@@ -89,7 +99,7 @@ class Sweep:
                 hyper = {**hyper, "step": steps[some[0]]}
             first = 0
             longest = self.piece if noise is None else min(self.piece, PIECE)
-            for grad, *piece in _cut([self._joined(grads, some), *flats], longest):
+            for grad, *piece in self._cut([self._joined(grads, some), *flats], longest):
                 bits: Sequence[Tensor | None] = ()
                 if noise is not None:
                     bits = self._bits(noise, some, first, grad.numel(), piece)
@@ -149,12 +159,15 @@ class Sweep:
         else:
             apply(self.rule, grad, flats, scratch, hyper, noise)
 
-
-def _cut(flats: Sequence[Any], longest: int) -> Iterable[Sequence[Any]]:
-    if flats[0].numel() <= longest:
-        return (flats,)
-    pieces = (repeat(None) if flat is None else flat.split(longest) for flat in flats)
-    return zip(*pieces, strict=False)
+    def _cut(self, flats: Sequence[Any], longest: int) -> Iterable[Sequence[Any]]:
+        if flats[0].numel() <= longest:
+            return (flats,)
+        sizes = [longest] * len(flats)
+        if self.is_quantized:
+            sizes[-2 if self.is_split else -1] //= BLOCK
+        pairs = zip(flats, sizes, strict=True)
+        pieces = (repeat(None) if flat is None else flat.split(size) for flat, size in pairs)
+        return zip(*pieces, strict=False)
 
 
 class _Thread(threading.local):

@@ -21,6 +21,7 @@ from torch.backends.cpu import get_cpu_capability
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from tritonopt.eager import Scratch, apply
+from tritonopt.quantized import blocks
 from tritonopt.sweep import RECENT_ROOMS, SERIAL, Sweep
 
 SERIAL_LOOP, PARALLEL_LOOP = {"cpp.threads": 1}, {"cpp.dynamic_threads": True}
@@ -40,8 +41,10 @@ def has_compiler(backend: Any) -> bool:
 class CompiledSweep(Sweep):
     path = "compiled"  # in `describe()`
 
-    def __init__(self, *lists: Any, **kwargs: Any) -> None:
-        super().__init__(*lists)
+    def __init__(
+        self, *lists: Any, is_split: bool = False, is_quantized: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(*lists, is_split=is_split, is_quantized=is_quantized)
         self.kwargs = kwargs
         # Of few and of many elements, and by the gradient's dtype: graph, numbers, what they are of
         self._known: dict[Any, tuple[Graph, Tensor, dict[str, Any]]] = {}
@@ -63,7 +66,7 @@ class CompiledSweep(Sweep):
         if known is None or known[2] != hyper:
             known = self._known[kind] = (*self._graph(*kind, hyper), hyper)
         graph, numbers, _ = known
-        graph.run([numel, numbers, grad, *flats, *noise])
+        graph.run([numel, blocks(numel), numbers, grad, *flats, *noise])
 
     def _graph(self, many: bool, dtype: torch.dtype, noisy: bool, hyper: dict[str, Any]) -> Any:
         """The graph of an update, and the numbers that are its input."""
@@ -126,12 +129,13 @@ class Graph:
             self._through_dynamo(inputs)
 
     def _through_dynamo(self, inputs: list[Any]) -> None:
-        numel, numbers, *tensors = inputs
+        *sizes, numbers = inputs[:3]
+        tensors = inputs[3:]
         # The same memory, but no views, on which dynamo has guards, and of whose offsets symbols.
         bare = [t if t is None else from_dlpack(to_dlpack(t.detach())) for t in tensors]
         # Else dynamo makes symbols of floats, and bakes in their values without a guard.
         with self._lock, torch._dynamo.config.patch(specialize_float=True):
-            self._inputs = [numel, numbers, *bare]
+            self._inputs = [*sizes, numbers, *bare]
             self._compiled(self._fixed, numbers, *bare)
             self._inputs = []
 
@@ -153,7 +157,8 @@ class Graph:
         def noted(*inputs: Any) -> Any:
             """Runs the code, and keeps it with the order of its inputs."""
             places = {id(known): place for place, known in enumerate(self._inputs)}
-            order = [0 if isinstance(x, int) else places.get(id(x)) for x in inputs]
+            places.update({size: place for place, size in enumerate(self._inputs[:2])})
+            order = [places.get(x if isinstance(x, int) else id(x)) for x in inputs]
             if None not in order:
                 if len(self._codes) >= RECENT_ROOMS:
                     self.reset()
