@@ -41,7 +41,8 @@ def encoded(square_avg, mask, NUMEL: tl.constexpr):
         square_avg = tl.where(mask, square_avg, 0.0)
     whole = tl.reshape(square_avg, (NUMEL // BLOCK, BLOCK))
     scale = tl.reduce(whole, 1, greater)
-    bits = div_rn(square_avg, per_element(scale, NUMEL)).to(tl.int32, bitcast=True)
+    whole = tl.where(scale == 0, 1.0, scale)  # of 0 there is no code but 0
+    bits = div_rn(square_avg, per_element(whole, NUMEL)).to(tl.int32, bitcast=True)
     mantissa = bits & 0x7FFFFF
     code = 255 + 8 * ((bits >> 23) - 127)
     for k in tl.static_range(8):

@@ -71,7 +71,7 @@ def piece(
     offs = tl.arange(0, NUMEL)
     COMPUTE: tl.constexpr = tl.float64 if TYPES[1] == tl.float64 else tl.float32
     ptrs, values, scaled = (), (), None
-    if scales_in(TYPES) and mask is not None and NUMEL > SCALED:
+    if scales_in(TYPES) > 0 and mask is not None and NUMEL > SCALED:
         scaled = of_blocks(mask, NUMEL)
     for column in tl.static_range(len(TYPES)):
         if TYPES[column] is None:  # whatever: triton 3.6 cannot return None
@@ -94,10 +94,10 @@ def piece(
     param, states = values[1], values[2:]
     if is_split(TYPES):
         param, states = joined(param, states[-1]), states[:-1]
-    if scales_in(TYPES):
+    if scales_in(TYPES) > 0:
         states = (decoded(states[0], states[-1], NUMEL),) + states[1:-1]
     values = RULE(param, grad, *states, *arguments)
-    if scales_in(TYPES):
+    if scales_in(TYPES) > 0:
         code, scale = encoded(values[1], mask, NUMEL)
         values = (values[0], code) + values[2:] + (scale,)
     if is_split(TYPES):
@@ -116,9 +116,9 @@ def piece(
 
 @triton.constexpr_function
 def scales_in(types):
-    """Which column has scales; 0: none."""
+    """Which column has scales; -1: none."""
     if len(types) < 3 or types[2] != tl.uint8:
-        return 0
+        return -1
     return len(types) - (2 if is_split(types) else 1)
 
 

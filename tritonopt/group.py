@@ -186,8 +186,8 @@ class Group:
         lists = [self.native, *([*map(get, entries)] if get else [] for get in self._getters)]
         grads: Any = [param.grad for param in self.native]
         if self.sharded:
-            pairs = zip(lists[1:], keys, strict=False)
-            for column in (*(column for column, key in pairs if key != quantized.SCALE), grads):
+            keyed = zip(lists[1:], keys, strict=False)
+            for column in (*(column for column, key in keyed if key != quantized.SCALE), grads):
                 pairs = zip(self.native, column, strict=False)
                 if not all(t is None or same_shards(param, t) for param, t in pairs):
                     raise Stale

@@ -13,7 +13,7 @@ Positional arguments are lists of tensors. The others are those of :class:`trito
 :class:`tritonopt.Rprop`, not validated as theirs are; `loss_rose`, since the last step: "irprop+".
 
     rmsprop_(params, grads, square_avgs, grad_avgs, momentum_buffers, state_steps, remainders=None,
-        *, lr=1e-2, alpha=0.99, eps=1e-8, weight_decay=0, momentum=0, maximize=False,
+        scales=None, *, lr=1e-2, alpha=0.99, eps=1e-8, weight_decay=0, momentum=0, maximize=False,
         eps_in_sqrt=False, lr_in_momentum=False, nesterov=False, decoupled_weight_decay=False,
         bias_correction=False, nan_safe=False, stochastic_rounding=False, rounding_seed=0)
     rprop_(params, grads, prevs, step_sizes, state_steps, remainders=None, *, etaminus=0.5,
@@ -23,11 +23,12 @@ Positional arguments are lists of tensors. The others are those of :class:`trito
 Lists of one call have equal lengths; a list that is not used is empty: `grad_avgs`, which make the
 rule the centered one, `momentum_buffers` without momentum, and `prevs` if `compact`: both states of
 fp32 parameters are in `step_sizes` then, as `tritonopt.compact.encoded` makes them. With
-`remainders`, of int16 and 0 in the beginning, bf16 parameters are as with `master="split"`. 1 is
-added to each of `state_steps`, however many there are. Every list may mix devices, dtypes and
-memory layouts; a gradient and the state of a parameter have its shape and device, and are all fp64
-or all of fp16, bf16 and fp32. `lr` is a float or a tensor with one element. Where a compiled graph
-changes other hyperparameters without being compiled again, they are tensors, too: the overload
+`remainders`, of int16 and 0 in the beginning, bf16 parameters are as with `master="split"`; with
+`scales`, square_avgs are codes, as `tritonopt.quantized.encoded` makes both. 1 is added to each of
+`state_steps`, however many there are. Every list may mix devices, dtypes and memory layouts; a
+gradient and the state of a parameter have its shape and device, and are all fp64 or all of fp16,
+bf16 and fp32. `lr` is a float or a tensor with one element. Where a compiled graph changes other
+hyperparameters without being compiled again, they are tensors, too: the overload
 `rmsprop_.tensor_hyper`.
 
 Raises:
@@ -45,7 +46,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from tritonopt import eager, precision, rmsprop, rprop
+from tritonopt import eager, precision, quantized, rmsprop, rprop
 from tritonopt.compile.functional import define_twin
 from tritonopt.device import is_capturing
 from tritonopt.eligible import overlapping, why_not_native, why_not_together
@@ -54,7 +55,8 @@ from tritonopt.plan import Lists, Plan, Rule
 # Scalar and not float: a float of a schema is a constant to the compiler.
 _RMSPROP = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] square_avgs, Tensor(c!)[] grad_avgs, "
-    "Tensor(d!)[] momentum_buffers, Tensor(e!)[] state_steps, Tensor(f!)[]? remainders=None, *, "
+    "Tensor(d!)[] momentum_buffers, Tensor(e!)[] state_steps, Tensor(f!)[]? remainders=None, "
+    "Tensor(g!)[]? scales=None, *, "
     "Scalar lr=1e-2, "
     "Scalar alpha=0.99, Scalar eps=1e-8, Scalar weight_decay=0, Scalar momentum=0, "
     "bool maximize=False, bool eps_in_sqrt=False, bool lr_in_momentum=False, "
@@ -84,7 +86,8 @@ _plans: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by the first stat
 def _update(name: str, defaults: dict[str, Any], *given: list[Tensor], **options: Any) -> None:
     """The op of a name. Torch leaves out the options that equal their defaults."""
     count = 3 + len(RULES[name].state)
-    (params, grads, *columns, steps), remainders = given[:count], [*given[count:]]
+    (params, grads, *columns, steps), more = given[:count], given[count:]
+    remainders, scales = (*(column or [] for column in more), [], [])[:2]
     if not params:
         return
     hyper = {**defaults, **options}
@@ -95,9 +98,12 @@ def _update(name: str, defaults: dict[str, Any], *given: list[Tensor], **options
         if not is_read_there and not isinstance(value, (bool, str)) and key != "rounding_seed":
             hyper[key] = float(value)
     rule = _rule(name, (params, *columns, steps), grads, hyper)
-    if remainders and remainders[0]:
-        rule = _split(name, rule, params, remainders[0])
-        columns = [*columns, remainders[0]]
+    if scales or torch.uint8 in {tensor.dtype for tensor in columns[0]}:
+        rule = _quantized(name, rule, params, columns, scales)
+        columns = [*columns, scales]
+    if remainders:
+        rule = _split(name, rule, params, remainders)
+        columns = [*columns, remainders]
     lists = params, *columns, steps
     recent = _plans.setdefault(columns[0][0], [])  # gone with the state
     for plan, _ in recent:
@@ -146,6 +152,19 @@ def _rule(name: str, lists: Lists, grads: list[Tensor], hyper: dict[str, Any]) -
     return rule._replace(used=tuple(used), takes_step=takes_step, seed=seed)
 
 
+def _quantized(
+    name: str, rule: Rule, params: list[Tensor], columns: list[list[Tensor]], scales: list[Tensor]
+) -> Rule:
+    """The rule whose averages of squares are codes."""
+    if columns[1] or torch.float64 in {param.dtype for param in params}:
+        raise ValueError(f"{name} takes no grad_avgs and no float64 where square_avgs are codes")
+    kinds = {code.dtype for code in columns[0]}, {scale.dtype for scale in scales}
+    sizes = [(quantized.blocks(param.numel()),) for param in params]
+    if kinds != ({torch.uint8}, {_FP32}) or sizes != [tuple(scale.size()) for scale in scales]:
+        raise ValueError(f"{name} needs codes of uint8, and an fp32 scale for each block of them")
+    return rule.with_codes()
+
+
 def _split(name: str, rule: Rule, params: list[Tensor], remainders: list[Tensor]) -> Rule:
     """The rule of parameters in two halves."""
     if len(remainders) != len(params) or rule.seed is not None:
@@ -168,11 +187,13 @@ def _plan(name: str, rule: Rule, lists: Lists, grads: list[Tensor]) -> Plan:
         raise NotImplementedError(f"{name} must have run once before a graph captures it")
     rows: list[Any] = list(zip(params, grads, *filter(None, columns), strict=True))
     for index, row in enumerate(rows):
-        if any(tensor.size() != row[0].size() for tensor in row):
+        scale = row[-1 - rule.is_split] if rule.is_quantized else None
+        if any(tensor.size() != row[0].size() for tensor in row if tensor is not scale):
             raise ValueError(f"{name}: a gradient or state has not the size of parameter {index}")
         param, grad, *states = (tensor.detach().contiguous() for tensor in row)
-        states = states[:-1] if rule.is_split else states  # without its remainder
-        why = why_not_native(param) or why_not_together(param, grad, states)
+        codes = states[:1] if rule.is_quantized else []  # and scales, and a remainder, are apart
+        states = states[len(codes) : len(states) - rule.is_split - rule.is_quantized]
+        why = why_not_native(param) or why_not_together(param, grad, states, codes)
         if why is not None:
             raise NotImplementedError(f"{name}: parameter {index} {why}")
     if overlapping(row[2:] for row in rows) or overlapping([step] for step in steps):
@@ -181,7 +202,10 @@ def _plan(name: str, rule: Rule, lists: Lists, grads: list[Tensor]) -> Plan:
     if rule.seed is not None:
         origins = [precision.origin(0, index, param) for index, param in enumerate(params)]
     apart = overlapping([param] for param in params)
-    return Plan(rule, lists, grads, apart=apart, origins=origins)
+    plan = Plan(rule, lists, grads, apart=apart, origins=origins)
+    if rule.is_quantized and plan.apart:
+        raise NotImplementedError(f"{name}: codes need dense parameters of their memory layout")
+    return plan
 
 
 def _define(name: str, schema: str) -> None:
@@ -189,7 +213,7 @@ def _define(name: str, schema: str) -> None:
     packet, _, kind = name.partition(".")
     op: Any = getattr(getattr(torch.ops.tritonopt, packet), kind or "default")
     defaults = {x.name: x.default_value for x in op._schema.arguments if x.has_default_value()}
-    defaults.pop("remainders")
+    defaults = {key: value for key, value in defaults.items() if value is not None}  # no lists
     for key in ("CPU", "CUDA", "XPU"):
         _library.impl(name, partial(_update, packet, defaults), key)
     torch.library.register_fake(f"tritonopt::{name}", lambda *_, **__: None, lib=_library)
