@@ -21,6 +21,7 @@ from tritonopt.shard import local
 from tritonopt.state import pack_on_cpu
 from tritonopt.units import Units
 
+CPU = torch.device("cpu")
 BUCKET_BYTES = 25 * 2**20
 NO_SCALER = (
     "step_in_backward does not go with GradScaler: it has stepped with scaled gradients, and freed "
@@ -101,7 +102,7 @@ class Pass:
 
     def __init__(self, handle: "StepInBackward", task: int) -> None:
         self.handle, self.task = handle, task
-        self.waiting: dict[Any, dict[Tensor, Tensor]] = {}  # by the stream that they come from
+        self.waiting: dict[Any, list[tuple[Tensor, Tensor]]] = {}  # with gradients, by the stream
         self.sizes: dict[Any, int] = {}
         self.count = 0  # of buckets
 
@@ -109,7 +110,7 @@ class Pass:
         self.handle._end(self)
 
     def __del__(self) -> None:
-        for param, grad in chain.from_iterable(map(dict.items, self.waiting.values())):
+        for param, grad in chain.from_iterable(self.waiting.values()):
             if param.grad is grad:
                 param.grad = None
 
@@ -137,7 +138,7 @@ class StepInBackward:
         params = [*chain.from_iterable(g["params"] for g in optimizer.param_groups)]
         if any(param.grad is not None for param in params):
             raise RuntimeError("there are gradients already: call optimizer.zero_grad() first")
-        _check_wrappers(model.modules(), params)
+        _check_wrappers(params, model.modules())
         optimizer._in_backward = self
         optimizer._step_supports_amp_scaling = NoScaler()  # type: ignore[assignment]
         self.follow()
@@ -185,7 +186,10 @@ class StepInBackward:
 
         @unserializable_hook
         def before(_: Tensor) -> None:  # in `torch.autograd.grad`, too
-            (self._early.discard if param.grad is None else self._early.add)(param)
+            if param.grad is not None:
+                self._early.add(param)
+            elif self._early:
+                self._early.discard(param)
 
         def after(param: Tensor) -> None:
             if (handle := ref()) is not None:
@@ -210,16 +214,17 @@ class StepInBackward:
 
     def _after(self, param: Tensor) -> None:
         """Once its gradient is complete."""
-        if param.grad is None or param not in self._hooks:
+        grad = param.grad
+        if grad is None:
             return
         with self._lock:
-            if param in self._early:
+            if self._early and param in self._early:
                 raise RuntimeError(
                     "a parameter had a gradient before this backward pass, and step_in_backward "
                     "sums up none: call optimizer.zero_grad(), or step() after several backwards"
                 )
             try:
-                self._wait(param, param.grad)
+                self._wait(param, grad)
             except BaseException:
                 param.grad = None  # or the next pass would find it
                 raise
@@ -227,10 +232,11 @@ class StepInBackward:
     def _wait(self, param: Tensor, grad: Tensor) -> None:
         if grad.requires_grad:
             raise RuntimeError("step_in_backward cannot be used with create_graph=True")
-        now, stream = self._begun(), _stream(param.device)
-        now.waiting.setdefault(stream, {})[param] = grad
-        size = now.sizes.get(stream, 0) + local(grad).numel() * grad.element_size()
-        now.sizes[stream] = size
+        now = self._begun()
+        stream = CPU if param.is_cpu else _stream(param.device)
+        now.waiting.setdefault(stream, []).append((param, grad))
+        numel = (grad if type(grad) is Tensor else local(grad)).numel()
+        size = now.sizes[stream] = now.sizes.get(stream, 0) + numel * grad.itemsize
         if size >= self.bucket_bytes:
             self._step(now, stream)
 
@@ -245,9 +251,8 @@ class StepInBackward:
             )
         self._check()
         self.follow()
-        if not self._looked and torch.distributed.is_available():
-            if torch.distributed.is_initialized():
-                _check_wrappers(gc.get_objects(), self._hooks)
+        if not self._looked:  # again, as a model is often wrapped once its optimizer is there
+            _check_wrappers(self._hooks)
             self._looked = True
         now = Pass(self, task)
         self._pass = weakref.ref(now)
@@ -255,7 +260,7 @@ class StepInBackward:
         return now
 
     def _step(self, now: Pass, stream: Any) -> None:
-        optimizer, params = self.optimizer, [*now.waiting[stream]]
+        optimizer, params = self.optimizer, [param for param, _ in now.waiting[stream]]
         place = stream, now.count
         part = self._parts.get(place)
         if part is None or not _same(params, part.params):
@@ -267,7 +272,7 @@ class StepInBackward:
             optimizer._units = whole
         for param in params:
             param.grad = None
-        now.waiting[stream], now.sizes[stream] = {}, 0
+        now.waiting[stream], now.sizes[stream] = [], 0
         now.count += 1
 
     def _end(self, now: Pass) -> None:
@@ -303,14 +308,17 @@ def _is_nested() -> bool:
     return False
 
 
-def _check_wrappers(objects: Iterable[Any], params: Iterable[Tensor]) -> None:
+def _check_wrappers(params: Iterable[Tensor], modules: Iterable[Any] = ()) -> None:
+    """Raises if DDP or FSDP1 hold a parameter: one of these modules, or one that exists at all."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        modules = chain(modules, gc.get_objects())
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    kinds = (nn.parallel.DistributedDataParallel,)
-    kinds += (fsdp.FullyShardedDataParallel,) if fsdp else ()  # type: ignore[assignment]
+    ddp = nn.parallel.DistributedDataParallel
+    kinds = ddp, getattr(fsdp, "FullyShardedDataParallel", ddp)
     mine = {*map(id, params)}
-    for module in objects:
-        if issubclass(type(module), kinds) and any(id(p) in mine for p in module.parameters()):
+    for module in modules:
+        if issubclass(type(module), kinds) and not mine.isdisjoint(map(id, module.parameters())):
             raise RuntimeError(
                 f"{type(module).__name__} reduces gradients after step_in_backward has used them: "
-                "wrap the model with fully_shard, or call step() after backward"
+                "shard the model with fully_shard, or call step() after backward"
             )
