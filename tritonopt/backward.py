@@ -4,6 +4,7 @@ import gc
 import sys
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 from contextlib import nullcontext
 from itertools import chain
@@ -16,10 +17,11 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import _engine_run_backward
 from torch.utils.hooks import unserializable_hook
 
+from tritonopt.compile import untraced
 from tritonopt.optimizer import FusedOptimizer
 from tritonopt.shard import local
 from tritonopt.state import pack_on_cpu
-from tritonopt.units import Units
+from tritonopt.units import Part
 
 CPU = torch.device("cpu")
 BUCKET_BYTES = 25 * 2**20
@@ -72,7 +74,7 @@ def step_in_backward(
         >>> model(torch.randn(8, 10)).square().mean().backward()
         >>> handle.remove()
     """
-    if not isinstance(optimizer, FusedOptimizer) or type(optimizer) is not optimizer.__class__:
+    if not isinstance(optimizer, FusedOptimizer) or hasattr(optimizer, "optimizer"):
         raise TypeError(
             f"step_in_backward takes RMSprop and Rprop of tritonopt, not {type(optimizer)}: call "
             "tritonopt.from_torch(optimizer) first; if it is a wrapper, give its .optimizer"
@@ -82,29 +84,14 @@ def step_in_backward(
     return StepInBackward(model, optimizer, bucket_bytes)
 
 
-class Part(Units):
-    """What a step over some of an optimizer's parameters works on."""
-
-    def __init__(self, optimizer: FusedOptimizer, params: list[Tensor]) -> None:
-        super().__init__(optimizer)
-        self.params, mine = params, {*map(id, params)}
-        rows = ((g, [p for p in g["params"] if id(p) in mine]) for g in optimizer.param_groups)
-        self._rows: list[Any] = [(group, {}, some) for group, some in rows if some]
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        for group, own, some in self._rows:
-            own.update({**group, "params": some})
-        return [own for _, own, _ in self._rows]
-
-
 class Pass:
     """A backward pass. Autograd alone holds it: if the pass fails, the gradients go with it."""
 
     def __init__(self, handle: "StepInBackward", task: int) -> None:
         self.handle, self.task = handle, task
         self.waiting: dict[Any, list[tuple[Tensor, Tensor]]] = {}  # with gradients, by the stream
-        self.sizes: dict[Any, int] = {}
-        self.count = 0  # of buckets
+        self.sizes: Counter[Any] = Counter()  # bytes
+        self.counts: Counter[torch.device] = Counter()  # of buckets
 
     def __call__(self) -> None:
         self.handle._end(self)
@@ -128,7 +115,7 @@ class StepInBackward:
         self._lock = threading.RLock()  # each device has a thread of autograd
         self._pass: Any = None  # a weak reference to the one under way
         self._seen: list[Any] = []
-        self._parts: dict[Any, Part] = {}  # by stream and number of the bucket
+        self._parts: dict[Any, Part] = {}  # by device and number of the bucket
         self._hooks: dict[Tensor, list[Any]] = {}
         self._early: set[Tensor] = set()  # had a gradient before
         self._looked = False  # for DDP
@@ -212,6 +199,7 @@ class StepInBackward:
         if why:
             raise ValueError(f"{why}: leave it out, or call step() after backward")
 
+    @untraced("step_in_backward takes its steps outside of what compiled autograd compiles")
     def _after(self, param: Tensor) -> None:
         """Once its gradient is complete."""
         grad = param.grad
@@ -236,8 +224,8 @@ class StepInBackward:
         stream = CPU if param.is_cpu else _stream(param.device)
         now.waiting.setdefault(stream, []).append((param, grad))
         numel = (grad if type(grad) is Tensor else local(grad)).numel()
-        size = now.sizes[stream] = now.sizes.get(stream, 0) + numel * grad.itemsize
-        if size >= self.bucket_bytes:
+        now.sizes[stream] += numel * grad.itemsize
+        if now.sizes[stream] >= self.bucket_bytes:
             self._step(now, stream)
 
     def _begun(self) -> Pass:
@@ -261,7 +249,8 @@ class StepInBackward:
 
     def _step(self, now: Pass, stream: Any) -> None:
         optimizer, params = self.optimizer, [param for param, _ in now.waiting[stream]]
-        place = stream, now.count
+        device = params[0].device
+        place = device, now.counts[device]
         part = self._parts.get(place)
         if part is None or not _same(params, part.params):
             part = self._parts[place] = Part(optimizer, params)
@@ -273,7 +262,7 @@ class StepInBackward:
         for param in params:
             param.grad = None
         now.waiting[stream], now.sizes[stream] = [], 0
-        now.count += 1
+        now.counts[device] += 1
 
     def _end(self, now: Pass) -> None:
         with self._lock:
@@ -282,7 +271,7 @@ class StepInBackward:
                 with stream if on_stream else nullcontext():
                     if params:
                         self._step(now, stream)
-                if on_stream:  # which autograd has waited for before this
+                if on_stream:  # autograd has waited for it before this
                     torch.accelerator.current_stream(stream.device).wait_stream(stream)
             self._pass = None
 

@@ -122,6 +122,21 @@ class Units:
         return groups
 
 
+class Part(Units):
+    """What a step over some of an optimizer's parameters works on."""
+
+    def __init__(self, optimizer: Any, params: list[Tensor]) -> None:
+        super().__init__(optimizer)
+        self.params, mine = params, {*map(id, params)}
+        rows = ((g, [p for p in g["params"] if id(p) in mine]) for g in optimizer.param_groups)
+        self._rows: list[Any] = [(group, {}, some) for group, some in rows if some]
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        for group, own, some in self._rows:
+            own.update({**group, "params": some})
+        return [own for _, own, _ in self._rows]
+
+
 def _is_fixed(value: Any) -> bool:
     """Whether a value is what it was; a tensor or an array may have been written to."""
     if type(value) is tuple:

@@ -47,6 +47,10 @@ def test_what_is_attached(name):
     handle.remove()
     with pytest.raises(TypeError, match="from_torch"):
         tritonopt.step_in_backward(model, TORCH[name](model.parameters()))
+    wrapper = copy.copy(optimizer)
+    wrapper.optimizer = optimizer  # as Lightning's, which imitates the class
+    with pytest.raises(TypeError, match="give its .optimizer"):
+        tritonopt.step_in_backward(model, wrapper)
     with pytest.raises(ValueError, match="Invalid bucket_bytes"):
         tritonopt.step_in_backward(model, optimizer, -1)
     model(torch.ones(3, 5)).backward()
