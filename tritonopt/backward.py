@@ -25,9 +25,10 @@ from tritonopt.units import Part
 
 CPU = torch.device("cpu")
 BUCKET_BYTES = 25 * 2**20
-NO_SCALER = (
-    "step_in_backward does not go with GradScaler: it has stepped with scaled gradients, and freed "
-    "them. Train in bfloat16 without a scaler, or call optimizer.step() after backward"
+TOO_LATE = (
+    "step_in_backward goes neither with GradScaler nor with clipping after backward: its steps "
+    "have used the gradients as they were, scaled or not, and freed them. Leave these out, or call "
+    "optimizer.step() after backward"
 )
 
 
@@ -102,9 +103,11 @@ class Pass:
                 param.grad = None
 
 
-class NoScaler:
+class TooLate:
+    """In the place of the flag that GradScaler, and what clips, ask for."""
+
     def __bool__(self) -> bool:
-        raise RuntimeError(NO_SCALER)
+        raise RuntimeError(TOO_LATE)
 
 
 class StepInBackward:
@@ -126,9 +129,13 @@ class StepInBackward:
         if any(param.grad is not None for param in params):
             raise RuntimeError("there are gradients already: call optimizer.zero_grad() first")
         _check_wrappers(params, model.modules())
+        try:
+            self.follow()
+        except BaseException:
+            self.remove()
+            raise
         optimizer._in_backward = self
-        optimizer._step_supports_amp_scaling = NoScaler()  # type: ignore[assignment]
-        self.follow()
+        optimizer._step_supports_amp_scaling = TooLate()  # type: ignore[assignment]
 
     def remove(self) -> None:
         for hook in chain.from_iterable(self._hooks.values()):

@@ -17,6 +17,7 @@ from torch import nn
 
 import tritonopt
 from tritonopt import slab
+from tritonopt.device import INTERPRET
 
 BUCKETS = [0, 120, 2**30]
 """Bytes: each parameter alone, some together, all."""
@@ -183,3 +184,12 @@ def test_a_step_is_of_its_bucket_alone(name):
     params[0].sum().backward()
     assert params[0].grad is None and params[1].grad is grad
     assert [*optimizer.state] == params[:1] and torch.equal(params[1], torch.ones(3))
+
+
+def test_a_step_compiled_later(name):
+    compiled = []
+    model, optimizer, _ = attached(name)
+    model(torch.ones(3, 5)).backward()
+    optimizer.compile(backend=lambda module, inputs: compiled.append(module) or module)
+    model(torch.ones(3, 5)).backward()
+    assert bool(compiled) != INTERPRET

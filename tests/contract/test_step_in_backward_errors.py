@@ -51,6 +51,10 @@ def test_what_is_attached(name):
     wrapper.optimizer = optimizer  # as Lightning's, which imitates the class
     with pytest.raises(TypeError, match="give its .optimizer"):
         tritonopt.step_in_backward(model, wrapper)
+    optimizer.add_param_group({"params": nn.LazyLinear(3).weight})
+    with pytest.raises(ValueError, match="uninitialized parameter"):
+        tritonopt.step_in_backward(model, optimizer)
+    del optimizer.param_groups[1]
     with pytest.raises(ValueError, match="Invalid bucket_bytes"):
         tritonopt.step_in_backward(model, optimizer, -1)
     model(torch.ones(3, 5)).backward()
@@ -92,7 +96,7 @@ def test_a_scaler(name):
     model, optimizer, _ = attached(name)
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(model(torch.ones(3, 5))).backward()
-    with pytest.raises(RuntimeError, match="does not go with GradScaler"):
+    with pytest.raises(RuntimeError, match="goes neither with GradScaler nor"):
         scaler.step(optimizer)
 
 
@@ -180,6 +184,7 @@ def test_ddp_and_fsdp(name, monkeypatch):
     assert not optimizer.state
 
 
+@pytest.mark.filterwarnings("error")
 def test_copies_are_not_attached(name):
     model, optimizer, _ = attached(name)
     model(torch.ones(3, 5)).backward()
