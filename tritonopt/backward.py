@@ -47,8 +47,8 @@ def step_in_backward(
     A backward pass that fails has updated some parameters, and frees the gradients that waited.
     What is left of it may not need old values of a parameter whose gradient is complete. Only
     uses without gradient do: after `detach()`, autograd raises its error of a variable "modified by
-    an inplace operation"; after `.data`, or in a checkpointed part, nobody notices. Copies of the
-    model and of the optimizer are not attached.
+    an inplace operation"; after `.data`, or in a checkpointed part, nobody notices. Parameters on a
+    CPU are packed now, not at the first step. Copies of model and optimizer are not attached.
 
     Args:
         model: whose backward passes these are: itself, not DDP around it. Parameters of the
@@ -66,7 +66,7 @@ def step_in_backward(
             negative.
         RuntimeError: it is attached already, there are gradients, or DDP or FSDP1 hold parameters.
             In backward: there was a gradient before, `create_graph` is given, another backward pass
-            is under way (as in reentrant checkpointing). In `GradScaler.step`: always.
+            is under way (as in reentrant checkpointing). In `GradScaler.step`: always, too late.
 
     Example:
         >>> model = torch.nn.Linear(10, 1)
@@ -151,11 +151,11 @@ class StepInBackward:
         self.remove()
 
     def follow(self) -> None:
-        """Attaches the parameters that the optimizer has now, if these or its plans are others."""
+        """Attaches the parameters that the optimizer has now; plans anew if anything is other."""
         optimizer = self.optimizer
         groups = optimizer.param_groups
         params = [*chain.from_iterable(group["params"] for group in groups)]
-        seen = [*groups, *params, optimizer._units, optimizer._sweep]
+        seen = [*groups, *params, optimizer._sweep]
         if _same(seen, self._seen):
             return
         self._parts.clear()

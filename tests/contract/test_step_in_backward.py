@@ -193,3 +193,11 @@ def test_a_step_compiled_later(name):
     optimizer.compile(backend=lambda module, inputs: compiled.append(module) or module)
     model(torch.ones(3, 5)).backward()
     assert bool(compiled) != INTERPRET
+
+
+def test_a_new_parameter_alone(name):
+    _, optimizer, _ = attached(name)
+    new = nn.Parameter(torch.ones(3))
+    optimizer.add_param_group({"params": [new]})
+    new.sum().backward()
+    assert new.grad is None and optimizer.state[new]["step"] == 1

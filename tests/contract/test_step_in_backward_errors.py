@@ -187,6 +187,7 @@ def test_ddp_and_fsdp(name, monkeypatch):
 @pytest.mark.filterwarnings("error")
 def test_copies_are_not_attached(name):
     model, optimizer, _ = attached(name)
+    optimizer.add_param_group({"params": torch.ones(2, requires_grad=True)})  # no nn.Parameter
     model(torch.ones(3, 5)).backward()
     file = io.BytesIO()
     torch.save((model, optimizer), file)
