@@ -18,6 +18,7 @@ from torch import nn
 import tritonopt
 from tritonopt import slab
 from tritonopt.device import INTERPRET
+from tritonopt.group import Group
 
 BUCKETS = [0, 120, 2**30]
 """Bytes: each parameter alone, some together, all."""
@@ -201,3 +202,10 @@ def test_a_new_parameter_alone(name):
     optimizer.add_param_group({"params": [new]})
     new.sum().backward()
     assert new.grad is None and optimizer.state[new]["step"] == 1
+
+
+def test_buckets_are_planned_once(name, monkeypatch):
+    model, _, _ = attached(name, 120)
+    for _ in range(3):
+        model(torch.ones(3, 5)).backward()
+        monkeypatch.setattr(Group, "sort", lambda *_: pytest.fail("planned again"))
