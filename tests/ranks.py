@@ -110,14 +110,14 @@ def ddp(make, bucket_view, built_first):
     return result(model, optimizer)
 
 
-def flat(use_orig_params):
+def flat(model, use_orig_params):
     return FullyShardedDataParallel(
-        network(), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+        model, use_orig_params=use_orig_params, device_id=torch.device("cpu")
     )
 
 
 def fsdp1(make, use_orig_params):
-    model = flat(use_orig_params)
+    model = flat(network(), use_orig_params)
     optimizer = make(model.parameters())
     train(model, optimizer)
     return result(model, optimizer)
@@ -148,6 +148,40 @@ def fsdp2(make):
 def as_ddp(make):
     """torch's Rprop cannot train DTensors: it assigns through a mask."""
     return fsdp2(make) if make.func is not torch.optim.Rprop else untouched(make, "ddp", STEPS)
+
+
+WRAPPERS = DistributedDataParallel, functools.partial(flat, use_orig_params=True)
+
+
+def in_backward(make):
+    """Its hooks run when FSDP2 has reduced the gradients; some wait for the end of the pass."""
+    if make.func not in OURS.values():
+        return as_ddp(make)
+    model = sharded()
+    optimizer = make(model.parameters())
+    tritonopt.step_in_backward(model, optimizer, bucket_bytes=40)
+    train(model, optimizer)
+    return result(model, optimizer)
+
+
+def reduced_later(ours, theirs, folder):
+    """What DDP and FSDP1 do to gradients comes too late. The module inside looks innocent, and is
+    so until it is wrapped; FSDP1 calls no hooks of it then, so that a step after backward is right.
+    """
+    for wrap, when in itertools.product(WRAPPERS, ("wrapped", "inside", "before")):
+        model = network()
+        wrapped = wrap(model) if when != "before" else None
+        optimizer = ours((wrapped or model).parameters())
+        try:
+            tritonopt.step_in_backward(wrapped if when == "wrapped" else model, optimizer)
+            wrapped = wrapped or wrap(model)
+            train(wrapped, optimizer, 1)
+        except RuntimeError as error:
+            assert "reduces gradients after step_in_backward" in str(error), error
+            assert not optimizer.state
+        else:
+            assert (wrap, when) == (WRAPPERS[1], "before"), (wrap, when)
+            assert {float(entry["step"]) for entry in optimizer.state.values()} == {1.0}
 
 
 def clipped(ours, theirs, folder):
@@ -269,7 +303,7 @@ def zero(make, bucket_view):
 
 WRAP = {
     "ddp": lambda: DistributedDataParallel(network()),
-    "fsdp1": lambda: flat(use_orig_params=True),
+    "fsdp1": lambda: flat(network(), use_orig_params=True),
     "fsdp2": sharded,
 }
 OPTIONS = {
@@ -326,6 +360,7 @@ ENGINES = {
     "fsdp1, flat parameters": functools.partial(fsdp1, use_orig_params=False),
     "fsdp1, original parameters": functools.partial(fsdp1, use_orig_params=True),
     "fsdp2": as_ddp,
+    "fsdp2, steps in backward": in_backward,
     "zero, parameters": functools.partial(zero, bucket_view=False),
     "zero, bucket views": functools.partial(zero, bucket_view=True),
 }  # fmt: skip
@@ -352,6 +387,7 @@ def scenarios():
     rows = {title: functools.partial(compare, run) for title, run in ENGINES.items()}
     rows["fsdp2, clipped inside the step"] = clipped
     rows["fsdp2, loss scale"] = loss_scale
+    rows["ddp and fsdp1, steps in backward"] = reduced_later
     for engine, options, way in itertools.product(WRAP, OPTIONS, WAYS):
         if (engine, options) == ("fsdp1", "sharded"):
             continue  # torch cannot load what it saved there: it looks for "param_groups."

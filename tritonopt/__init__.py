@@ -4,11 +4,12 @@ from importlib import import_module
 from types import ModuleType
 
 from tritonopt import ops as ops
+from tritonopt.backward import step_in_backward
 from tritonopt.convert import from_torch
 from tritonopt.rmsprop import RMSprop
 from tritonopt.rprop import Rprop
 
-__all__ = ["RMSprop", "Rprop", "from_torch"]
+__all__ = ["RMSprop", "Rprop", "from_torch", "step_in_backward"]
 __version__ = "0.1.0"
 
 

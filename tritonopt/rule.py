@@ -26,6 +26,7 @@ class RuleOptimizer(torch.optim.Optimizer):
     _options: dict[str, Any] = precision.OPTIONS
     _like_gradient: tuple[str, ...] = ()  # state that torch makes in the gradient's dtype
     _compile_kwargs: dict[str, Any] | None = None
+    _in_backward: Any = None  # what takes the steps in backward
     max_grad_norm: float | None = None  # over all groups
     _stock: type[torch.optim.Optimizer] | None = None  # torch's optimizer of this rule
 
@@ -118,7 +119,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         return not any(g.is_meta or not is_plain(g) or bool(g.any()) for g in grads)
 
     def _has_fused_amp(self) -> bool:
-        return getattr(self, "_step_supports_amp_scaling", False)
+        return getattr(self, "_step_supports_amp_scaling", False) is True
 
     def _begin(self, options: dict[str, Any], compile: bool | dict[str, Any]) -> None:
         # Groups hold an option only where it is in force: a distributed checkpoint must have every
@@ -152,9 +153,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         if built:
             self._check(self.param_groups[-1])
             self._pack(self.param_groups[-1:])
+        if self._in_backward is not None:
+            self._in_backward.follow()
 
     def __getstate__(self) -> dict[str, Any]:
-        names = {"max_grad_norm", "_step_supports_amp_scaling", "_compile_kwargs", "_compact"}
+        names = {"max_grad_norm", "_compile_kwargs", "_compact"}
+        if self._has_fused_amp():
+            names.add("_step_supports_amp_scaling")
         kept = names & vars(self).keys()
         return {**super().__getstate__(), **{name: vars(self)[name] for name in kept}}
 

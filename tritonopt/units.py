@@ -30,6 +30,9 @@ class Units:
         self._seen: list[Any] = []  # the param groups and options that they were made of
         self._state: list[Any] = []  # the parameters and entries of the state that they know
 
+    def param_groups(self) -> Sequence[dict[str, Any]]:
+        return self.optimizer.param_groups  # type: ignore[no-any-return]
+
     def look(self, skip: Tensor | None) -> Work | None:
         """The groups, each with the gradients for its plan; None: do nothing. Where state would be
         made, the host reads `skip`, which is not 0 if gradients are infinite."""
@@ -56,14 +59,15 @@ class Units:
 
     def _divide(self) -> None:
         """Makes the groups, if options are not what they were."""
-        optimizer, groups = self.optimizer, self.optimizer.param_groups
+        optimizer = self.optimizer
+        groups = self.param_groups()
         seen = [why_watched(), *groups, *chain.from_iterable(map(dict.values, groups))]
         # Not whether they are equal: a number and a tensor that was rounded are.
         if len(seen) == len(self._seen) and all(map(is_, seen, self._seen)):
             return
         self._seen = []  # until all is done: what raises here must do so again
-        for group in groups:
-            optimizer._check(group)
+        for options in groups:
+            optimizer._check(options)
         names = {*optimizer.defaults, *optimizer._options, *optimizer._names}
         values = [list(map(group.get, names)) for group in groups]
         fixed = all(_is_fixed(value) for row in values for value in row)
@@ -116,6 +120,21 @@ class Units:
             group.why_in_place = {id(p): slab.why_not_packed(p) for p in packable}
             group.make_plan()
         return groups
+
+
+class Part(Units):
+    """What a step over some of an optimizer's parameters works on."""
+
+    def __init__(self, optimizer: Any, params: list[Tensor]) -> None:
+        super().__init__(optimizer)
+        self.params, mine = params, {*map(id, params)}
+        rows = ((g, [p for p in g["params"] if id(p) in mine]) for g in optimizer.param_groups)
+        self._rows: list[Any] = [(group, {}, some) for group, some in rows if some]
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        for group, own, some in self._rows:
+            own.update({**group, "params": some})
+        return [own for _, own, _ in self._rows]
 
 
 def _is_fixed(value: Any) -> bool:

@@ -8,7 +8,9 @@ import sys
 import pytest
 
 MODULES = {
-    "tritonopt": ["tritonopt.rmsprop", "tritonopt.rprop", "tritonopt.convert", "tritonopt.ops"],
+    "tritonopt": [
+        f"tritonopt.{name}" for name in ("rmsprop", "rprop", "convert", "backward", "ops")
+    ],
     "lightning": ["tritonopt.lightning"],
 }
 MODEL = "model = torch.nn.Linear(10, 1)\noptimizer = tritonopt.RMSprop(model.parameters())\n"
