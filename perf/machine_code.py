@@ -62,24 +62,28 @@ class Kernel(NamedTuple):
     written: tuple[bool, ...] = ()
     block: int = BLOCK
     split: bool = False  # whether the parameter has lower halves, and fp32 state
+    quantized: bool = False  # whether the average of squares are codes, with scales
 
     def types(self, dtype: str) -> list[str | None]:
         """Of each tensor: the gradient, and those that are written."""
         state = "fp32" if self.split else dtype
-        columns = zip(self.written, (dtype, state, state, state), strict=False)
-        return [dtype, *(of if used else None for used, of in columns), *["int16"] * self.split]
+        first = "uint8" if self.quantized else state
+        columns = zip(self.written, (dtype, first, state, state), strict=False)
+        more = ["fp32"] * self.quantized + ["int16"] * self.split
+        return [dtype, *(of if used else None for used, of in columns), *more]
 
     def vectors(self, dtype: str) -> list[int]:
-        """Accesses of 128 bits that a thread needs for each tensor."""
-        bits = (BITS[name] for name in self.types(dtype) if name)
-        return [-(-self.block * width // (128 * THREADS)) for width in bits]
+        """Accesses of 128 bits that a thread needs for each tensor; of codes and scales, none."""
+        names = [name for name in self.types(dtype) if name and name != "uint8"]
+        names = names[: len(names) - self.quantized]
+        return [-(-self.block * BITS[name] // (128 * THREADS)) for name in names]
 
 
-def _rmsprop(*on: str, split: bool = False) -> Kernel:
+def _rmsprop(*on: str, split: bool = False, quantized: bool = False) -> Kernel:
     constants = {name: None for name in OPTIONAL if name not in on}
     constants.update({name: name in on for name in (*_TORCH, *_MORE)})
     written = True, True, "CENTERED" in on, "MOMENTUM" in on
-    return Kernel(rmsprop_kernel, constants, written, split=split)
+    return Kernel(rmsprop_kernel, constants, written, split=split, quantized=quantized)
 
 
 def _rprop(variant: str, *on: str, split: bool = False) -> Kernel:
@@ -102,6 +106,7 @@ KERNELS: dict[str, Kernel] = {
     "rmsprop, nesterov": _rmsprop("MOMENTUM", "NESTEROV"),
     "rmsprop, scaled": _rmsprop("factor_ptr", "skip_ptr"),
     "rmsprop, split": _rmsprop(split=True),
+    "rmsprop, quantized": _rmsprop(quantized=True),
     "rmsprop, stochastic": _rmsprop("noise_ptr"),
     "rmsprop, all": _rmsprop(*_TORCH, *_MORE, *OPTIONAL),
     "rprop": _rprop("irprop-"),
@@ -148,12 +153,13 @@ class MachineCode(NamedTuple):
         written = read - kernel.vectors(dtype)[0] if kernel.written else 0
         names = set(kernel.function.arg_names) - kernel.constants.keys()
         scalars = len(names & OPTIONAL.keys())  # one value each
+        few = 8 if kernel.quantized else 0  # codes and scales
         found = [f"spills {self.stack} bytes"] if self.stack else []
         if self.registers > most:
             found.append(f"{most} registers expected")
-        if self.loads[128] != read or self.loads.total() > self.loads[128] + scalars:
+        if self.loads[128] != read or self.loads.total() > self.loads[128] + scalars + few:
             found.append(f"{read} loads of 128 bits expected")
-        if self.stores[128] != written or self.stores.total() > self.stores[128]:
+        if self.stores[128] != written or self.stores.total() > self.stores[128] + few:
             found.append(f"{written} stores of 128 bits expected")
         return found
 
@@ -199,6 +205,8 @@ def is_of(name: str, dtype: str) -> bool:
     """Whether there is such a kernel: a sign has its place in fp32 alone, the rest is of bf16."""
     if "compact" in name:
         return dtype == "fp32"
+    if "quantized" in name:
+        return dtype != "fp64"
     return dtype == "bf16" or not any(word in name for word in ("split", "stochastic"))
 
 
@@ -250,6 +258,7 @@ def _amd(text: str) -> MachineCode:
         return int(re.findall(rf"\.{name}:\s*(\d+)", text)[0])
 
     widths = {"ushort": 16, "short": 16, "short_d16": 16, "short_d16_hi": 16, "dword": 32,
+              "ubyte": 8, "byte": 8, "byte_d16_hi": 8,
               "dwordx2": 64, "dwordx4": 128}  # fmt: skip
     stack = field("private_segment_fixed_size") + 4 * field("vgpr_spill_count")
     lines = re.findall(r"^\t([a-z]\w+ .*)", text, re.M)

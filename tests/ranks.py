@@ -262,7 +262,8 @@ def half(ours, theirs, folder):
             model(data).square().mean().backward()
             optimizer.step()
 
-    for options in HALF + [{"quantized": True, "centered": False}] * (ours.func is tritonopt.RMSprop):
+    quantized = [{"quantized": True, "centered": False}]
+    for options in HALF + (quantized if ours.func is tritonopt.RMSprop else []):
         ends = []
         for wrap in (sharded, lambda model: DistributedDataParallel(model)):
             model = wrap(network().bfloat16())

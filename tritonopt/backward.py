@@ -1,11 +1,8 @@
 """Steps taken while the backward pass runs: few gradients are alive at a time."""
 
-import gc
-import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterable
 from contextlib import nullcontext
 from itertools import chain
 from operator import is_
@@ -13,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
-from torch.autograd.graph import _engine_run_backward
 from torch.utils.hooks import unserializable_hook
 
 from tritonopt.compile import untraced
 from tritonopt.optimizer import FusedOptimizer
 from tritonopt.shard import local
 from tritonopt.state import pack_on_cpu
+from tritonopt.surroundings import check_wrappers, is_nested
 from tritonopt.units import Part
 
 CPU = torch.device("cpu")
@@ -128,7 +124,7 @@ class StepInBackward:
         params = [*chain.from_iterable(g["params"] for g in optimizer.param_groups)]
         if any(param.grad is not None for param in params):
             raise RuntimeError("there are gradients already: call optimizer.zero_grad() first")
-        _check_wrappers(params, model.modules())
+        check_wrappers(params, model.modules())
         try:
             self.follow()
         except BaseException:
@@ -239,7 +235,7 @@ class StepInBackward:
         now, task = self._pass and self._pass(), torch._C._current_graph_task_id()
         if now is not None and now.task == task:
             return now  # type: ignore[no-any-return]
-        if now is not None or _is_nested():
+        if now is not None or is_nested():
             raise RuntimeError(
                 "step_in_backward cannot be used with one backward pass inside or beside another: "
                 "give use_reentrant=False to checkpoint()"
@@ -247,7 +243,7 @@ class StepInBackward:
         self._check()
         self.follow()
         if not self._looked:  # again, as a model is often wrapped once its optimizer is there
-            _check_wrappers(self._hooks)
+            check_wrappers(self._hooks)
             self._looked = True
         now = Pass(self, task)
         self._pass = weakref.ref(now)
@@ -290,31 +286,3 @@ def _stream(device: torch.device) -> Any:
 
 def _same(left: list[Any], right: list[Any]) -> bool:
     return len(left) == len(right) and all(map(is_, left, right))
-
-
-def _is_nested() -> bool:
-    """Whether this backward pass runs in a backward function of another one."""
-    frame: Any = sys._getframe()
-    inside = False
-    while frame is not None:
-        inside |= frame.f_code is _engine_run_backward.__code__
-        if inside and frame.f_code is BackwardCFunction.apply.__code__:
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _check_wrappers(params: Iterable[Tensor], modules: Iterable[Any] = ()) -> None:
-    """Raises if DDP or FSDP1 hold a parameter: one of these modules, or one that exists at all."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        modules = chain(modules, gc.get_objects())
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    ddp = nn.parallel.DistributedDataParallel
-    kinds = ddp, getattr(fsdp, "FullyShardedDataParallel", ddp)
-    mine = {*map(id, params)}
-    for module in modules:
-        if issubclass(type(module), kinds) and not mine.isdisjoint(map(id, module.parameters())):
-            raise RuntimeError(
-                f"{type(module).__name__} reduces gradients after step_in_backward has used them: "
-                "shard the model with fully_shard, or call step() after backward"
-            )

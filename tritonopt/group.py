@@ -173,10 +173,10 @@ class Group:
 
     def _origins(self) -> list[int]:
         """Where the random bits of native parameters begin."""
-        found = {}
+        found, mine = {}, {*map(id, self.native)}
         for number, group in enumerate(self.optimizer.param_groups):
-            if any(group is mine for mine in self.groups):
-                for index, param in enumerate(group["params"]):
+            for index, param in enumerate(group["params"]):
+                if id(param) in mine:
                     found[id(param)] = precision.origin(number, index, param)
         return [found[id(param)] for param in self.native]
 

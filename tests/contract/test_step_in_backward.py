@@ -54,6 +54,32 @@ def test_as_a_step_after_backward(name, options, bucket_bytes):
     train(ours, theirs, model, twin)
 
 
+HALF = [{"master": "split"}, {"stochastic_rounding": True, "rounding_seed": 5}]
+
+
+@pytest.mark.parametrize("bucket_bytes", BUCKETS)
+@pytest.mark.parametrize("options", HALF, ids=str)
+def test_in_half_precision(name, options, bucket_bytes):
+    """Random bits, too, are those of a step after backward: they belong to the parameter."""
+    ends = []
+    for in_backward in (True, False):
+        model = network().bfloat16()
+        optimizer = OURS[name](model.parameters(), **options)
+        if in_backward:
+            tritonopt.step_in_backward(model, optimizer, bucket_bytes)
+        for seed in range(4):
+            torch.manual_seed(seed)
+            model(torch.randn(3, 5).bfloat16()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        state = [value for entry in optimizer.state.values() for value in entry.values()]
+        ends.append([tensor.detach() for tensor in (*model.parameters(), *state)])
+    for left, right in zip(*ends, strict=True):
+        if left.dtype == torch.bfloat16:
+            left, right = left.view(torch.int16), right.view(torch.int16)
+        assert torch.equal(left, right)
+
+
 @pytest.mark.parametrize("bucket_bytes", BUCKETS)
 @pytest.mark.parametrize(
     "forward", [{"skip": 1}, {"recomputed": True}], ids=["a layer is skipped", "checkpointed"]
