@@ -72,8 +72,10 @@ def test_in_half_precision(name, options, bucket_bytes):
             model(torch.randn(3, 5).bfloat16()).backward()
             optimizer.step()
             optimizer.zero_grad()
-        state = [value for entry in optimizer.state.values() for value in entry.values()]
-        ends.append([tensor.detach() for tensor in (*model.parameters(), *state)])
+        params = [*model.parameters()]
+        entries = [optimizer.state.get(param, {}) for param in params]
+        state = [value for entry in entries for value in entry.values()]
+        ends.append([tensor.detach() for tensor in (*params, *state)])
     for left, right in zip(*ends, strict=True):
         if left.dtype == torch.bfloat16:
             left, right = left.view(torch.int16), right.view(torch.int16)
