@@ -142,8 +142,8 @@ def _why_not(lists: Sequence[Sequence[Any]]) -> str:
 def _substitute(function: Any, op: Any) -> None:
     """From now on dynamo traces an op where the stock optimizer calls `function`."""
     inlined = FunctionType(function.__code__, function.__globals__, closure=function.__closure__)
-    taken = {argument.name: argument.kwarg_only for argument in op.default._schema.arguments}
-    count = [*taken.values()].count(False) - 1  # of lists, without remainders
+    taken = {x.name: x.has_default_value() for x in op.default._schema.arguments}
+    count = [*taken.values()].count(False)  # of lists
     name, names = function.__name__, [*inspect.signature(function).parameters][count:]
 
     @torch.compiler.substitute_in_graph(function, skip_signature_check=True)
