@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from perf import run
+from perf import options, run
 from perf.implementations import IMPLEMENTATIONS, RULES, Implementation, Step, Workload
 from perf.workloads import WORKLOADS
 
@@ -95,7 +95,7 @@ def plan(device: torch.device, quick: bool) -> list[run.Job]:
             seconds=120,
         )
         for label in (CHOSEN[:1] if quick else CHOSEN)
-    ]
+    ] + options.plan(device, quick)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,25 @@ def draw(file: Path) -> None:
         figure.savefig(plot(file, name), dpi=80)
 
 
+def draw_bf16(file: Path) -> None:
+    """The losses of training in bf16."""
+    records = measured(json.loads(file.read_text()), "bf16")
+    if not records:
+        return
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for record in records:
+        columns = [sorted(column) for column in zip(*record["losses"], strict=True)]
+        steps = [record["every"] * number for number in range(len(columns))]
+        (line,) = axes.semilogy(steps, [median(c) for c in columns], label=record["option"])
+        ends = [column[0] for column in columns], [column[-1] for column in columns]
+        axes.fill_between(steps, *ends, color=line.get_color(), alpha=0.15)
+    axes.set(xlabel="steps", ylabel="loss: median of seeds, and ends")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(plot(file, "bf16"), dpi=80)
+
+
 def plot(file: Path, name: str) -> Path:
     return file.with_name(f"{file.stem}-{name}.png")
 
@@ -66,6 +85,8 @@ def block(file: Path, part: str) -> Iterator[str]:
         yield from tables(results)
     elif part != "plots":
         yield table(results, part)
+    if part in ("all", "bf16") and measured(results, "bf16"):
+        yield f"![{file.stem}-bf16](results/{plot(file, 'bf16').name})"
     if part in ("all", "plots") and measured(results, "curve"):
         plots = [plot(file, name) for name in PLOTS]
         yield "\n".join(f"![{one.stem}](results/{one.name})" for one in plots)
@@ -104,6 +125,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         file.write_text(made[file])
     for file in folder.glob("*.json"):
         draw(file)
+        draw_bf16(file)
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from perf import run
+from perf import options, run
 from perf.implementations import IMPLEMENTATIONS, RULES, Workload, start
 from perf.timing import Times, bandwidth, interleaved
 from perf.workloads import WORKLOADS
@@ -131,7 +131,7 @@ def curve(device: torch.device, powers: Iterable[int], seconds: float) -> list[r
 
 def plan(device: torch.device, quick: bool) -> list[run.Job]:
     first, later, last = stages(device, QUICK if quick else CHOSEN)
-    return first + later + last
+    return first + later + last + options.plan(device, quick)
 
 
 if __name__ == "__main__":

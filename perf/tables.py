@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from statistics import median
 from typing import Any, NamedTuple
 
 from perf.implementations import IMPLEMENTATIONS, RULES
 
 Record = dict[str, Any]
 Results = dict[str, Any]
-KEY = ("optimizer", "workload", "tensors", "implementation", "dtype", "block", "threads")
+KEY = ("optimizer", "workload", "tensors", "implementation", "dtype", "block", "threads", "option")
 OURS = ("tritonopt", "compile()", "tritonopt, replayed")  # whose part of the floor is shown
 SHORT = ("1000 x 64", "ResNet-50", "GPT-2 124M", "LSTM")
 SHORT_NAMES = ("for-loop", "foreach", "compiled", "tritonopt", "compile()")
@@ -165,6 +166,42 @@ def compile_time(results: Results) -> str:
     return grid(["", "parameters", *optimizers], rows)
 
 
+def options(results: Results) -> str:
+    """Bytes of an element; milliseconds of a step, and how many times as long as plain."""
+    records = measured(results, "options")
+    workloads = unique(records, "workload")
+    names = [(label, how) for label in workloads for how in ("tritonopt", "compile()")]
+    rows = []
+    for key in unique(records, "optimizer", "dtype", "option"):
+        of = {
+            (r["optimizer"], r["dtype"], r["option"], r["workload"], r["implementation"]): r
+            for r in records
+        }
+        row, one = [*key], next(of[(*key, *name)] for name in names if (*key, *name) in of)
+        row += [figure(one["state_bytes"]), figure(one["moved_bytes"])]
+        for name in names:
+            here, plain = of.get((*key, *name)), of.get((*key[:2], "plain", *name))
+            text = _milliseconds(here, "wall_us")
+            if here and plain and key[2] != "plain":
+                times = here["wall_us"]["median"] / plain["wall_us"]["median"]
+                text += f" ({figure(times)})"
+            row.append(text)
+        rows.append(row)
+    head = ["", "dtype", "option", "state", "moved", *(", ".join(name) for name in names)]
+    return grid(head, rows, text=3)
+
+
+def bf16(results: Results) -> str:
+    """Medians over seeds, and the ends."""
+    rows = []
+    for r in measured(results, "bf16"):
+        first = median(losses[0] for losses in r["losses"])
+        last = sorted(losses[-1] for losses in r["losses"])
+        ends = f"{figure(median(last))} ({figure(last[0])} to {figure(last[-1])})"
+        rows.append([r["option"], figure(first), ends, f"{median(r['kept']):.0%}"])
+    return grid(["", "loss at the start", "at the end", "not changed by a step"], rows)
+
+
 def tune(results: Results) -> str:
     """The fastest grid of each kernel, dtype and workload, beside the library's."""
     records = measured(results, "tune")
@@ -203,6 +240,8 @@ TABLES = {
                     " else is kept", memory),
     "host": Table("host", "What the host does, the launch left out", host),
     "compile": Table("compile", "Seconds to the first step, and graphs in 50 steps", compile_time),
+    "options": Table("options", "What options cost", options),
+    "bf16": Table("bf16", "Training in bf16", bf16),
     "tune": Table("tune", "The fastest grids, beside the library's", tune),
     "summary": Table("steps", "", summary),
 }  # fmt: skip

@@ -104,12 +104,17 @@ def origin(group: int, index: int, param: Tensor) -> int:
     return int.from_bytes(blake2b(place, digest_size=8).digest(), "little") >> 2
 
 
+NAN = 0x7FC00000
+"""The greatest number that is looked at: one with more bits that are 1 would become another."""
+
+
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
     """Two halves of fp32: the nearest bf16, and what it lacks, in 2^-16 of its last place."""
-    bits = x.view(torch.int32)
-    high = torch.where(x == x, (bits + 0x8000) & -0x10000, 0x7FC00000)  # of NaN, all may be 1
-    low = torch.where(x == x, bits - high, 0)
-    return high.view(torch.float32).to(torch.bfloat16), low.to(torch.int16)
+    magnitude = (x.view(torch.int32) & 0x7FFFFFFF).clamp_max_(NAN)
+    high = (magnitude + 0x8000) & -0x10000
+    low = (magnitude - high).to(torch.int16)
+    high = (high >> 16).to(torch.int16) | (x.view(torch.int32) >> 16).to(torch.int16) & -0x8000
+    return high.view(torch.bfloat16), low
 
 
 def joined(high: Tensor, low: Tensor) -> Tensor:
@@ -180,5 +185,6 @@ def philox(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, A
 
 def rounded(x: Tensor, bits: Tensor) -> Tensor:
     """Fp32 to one of the two nearest bf16, the nearer the likelier; `bits` are 16 random ones."""
-    noisy = ((x.view(torch.int32) + bits) & -0x10000).view(torch.float32)
-    return torch.where(x == x, noisy, x)  # of NaN, all bits may be 1
+    magnitude = (x.view(torch.int32) & 0x7FFFFFFF).clamp_max_(NAN)
+    noisy = (magnitude + bits) & -0x10000 | x.view(torch.int32) & -0x80000000
+    return noisy.view(torch.float32)
