@@ -110,6 +110,8 @@ class Grid:
 class Launch(Grid):
     """The update of `params` and their state, which must not move as long as it is used."""
 
+    once = 0  # what a rule takes the mean of is gone through twice
+
     def __init__(
         self, rule: Callable[..., None], params: Sequence[Tensor], columns: Columns,
         origins: Sequence[int] | None = None, *, is_split: bool = False, is_quantized: bool = False,
@@ -128,15 +130,40 @@ class Launch(Grid):
     ) -> None:  # fmt: skip
         """Updates what has a gradient, which has its parameter's strides and counts `factor` times;
         nothing is updated where `skip` is not 0. `noise`: by which bf16 is rounded."""
+        with torch.accelerator.device_index(self.device.index):
+            if self._point(grads, factor, skip, noise):
+                if "mean" in hyper and hyper["mean"] is None:
+                    hyper = {**hyper, "mean": self._counts(hyper) / self.pointers[0][:, 0]}
+                self.rule(self, **hyper)
+
+    def counts(
+        self, grads: Grads, hyper: dict[str, Any],
+        factor: Tensor | None = None, skip: Tensor | None = None, noise: Noise | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Of each tensor, how many elements the mask has of which the rule takes the mean."""
+        with torch.accelerator.device_index(self.device.index):
+            if self._point(grads, factor, skip, noise):
+                return self._counts(hyper)
+            return torch.zeros(len(grads), dtype=torch.float64, device=self.device)
+
+    def _counts(self, hyper: dict[str, Any]) -> Tensor:
+        programs: Any = self.pointers[1]
+        counts = torch.empty(len(programs), device=self.device)
+        self.rule(self, **{**hyper, "counts": counts})
+        sums = torch.zeros(len(self.numels), dtype=torch.float64, device=self.device)
+        return sums.index_add_(0, programs >> 32, counts.double())  # exact in any order
+
+    def _point(
+        self, grads: Grads, factor: Tensor | None, skip: Tensor | None, noise: Noise | None
+    ) -> bool:
+        """Prepares the first arguments of every kernel; False: there is nothing to be updated."""
         given = next((grad for grad in grads if grad is not None), None)
         if given is None or not len(self.programs):
-            return
-        with torch.accelerator.device_index(self.device.index):
-            both = factor, skip
-            both = [x if x is None else x.to(self.device, non_blocking=True) for x in both]
-            keys = None if noise is None else self._keys(noise)
-            self.pointers, self.grad_dtype = (*self.tables(grads), *both, keys), given.dtype
-            self.rule(self, **hyper)
+            return False
+        both = [x if x is None else x.to(self.device, non_blocking=True) for x in (factor, skip)]
+        keys = None if noise is None else self._keys(noise)
+        self.pointers, self.grad_dtype = (*self.tables(grads), *both, keys), given.dtype
+        return True
 
     def _keys(self, noise: Noise) -> Tensor:
         """Of each tensor's random bits."""
@@ -160,8 +187,11 @@ def rmsprop_(
     lr: float | Tensor, alpha: float, eps: float, weight_decay: float, momentum: float,
     maximize: bool, eps_in_sqrt: bool = False, lr_in_momentum: bool = False, nesterov: bool = False,
     decoupled_weight_decay: bool = False, nan_safe: bool = False,
-    step: float | Tensor | None = None,
+    step: float | Tensor | None = None, cautious: bool = False,
+    mean: Tensor | None = None, counts: Tensor | None = None,
 ) -> None:  # fmt: skip
+    """`mean`, if it is cautious: of the mask over each tensor. With `counts`, its sum over each
+    block is stored there, and nothing is updated."""
     _, centered, has_buffer = launch.used
     lr_ptr = gain_ptr = None
     if isinstance(lr, Tensor) and lr.device == launch.device:
@@ -177,8 +207,9 @@ def rmsprop_(
         rmsprop_kernel,
         (float(lr), alpha, eps, weight_decay, momentum, gain),
         (bool(maximize), bool(weight_decay != 0), centered, has_buffer, eps_in_sqrt,
-         lr_in_momentum, nesterov, decoupled_weight_decay, nan_safe, step is not None),
-        (lr_ptr, gain_ptr),
+         lr_in_momentum, nesterov, decoupled_weight_decay, nan_safe, step is not None,
+         cautious and has_buffer),
+        (lr_ptr, gain_ptr, mean if counts is None else None, counts),
     )  # fmt: skip
 
 

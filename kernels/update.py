@@ -20,11 +20,12 @@ place of 48 (more of them in README.md). The interpreter is slower the more piec
 @triton.jit
 def update(
     table_ptr, programs_ptr, factor_ptr, skip_ptr, noise_ptr, RULE: tl.constexpr, arguments,
-    TYPES: tl.constexpr, BLOCK: tl.constexpr,
+    TYPES: tl.constexpr, BLOCK: tl.constexpr, counts_ptr=None,
 ):  # fmt: skip
     """Up to BLOCK elements of one tensor. TYPES: of what the addresses in a row are of; where the
     last is int16, it holds the lower halves of the parameter; where the first state is uint8, the
-    last but for that holds its scales."""
+    last but for that holds its scales. With counts, nothing is updated: the rule returns a mask in
+    the parameter's place, of which the sum is stored."""
     # A row of the table: numel, the addresses of gradient, parameter and states; 0 where there is
     # no gradient, or no such state. With noise, also where the tensor's counters begin.
     WIDTH: tl.constexpr = len(TYPES) + (1 if noise_ptr is None else 2)
@@ -44,11 +45,13 @@ def update(
     if noise_ptr is not None:
         noise = tl.load(noise_ptr + (program >> 32)), tl.load(row_ptr + WIDTH - 1)
 
+    count = 0.0
     # A mask whose bound may not divide by 16 makes every access scalar, hence two paths. The one
     # with a mask takes few elements at a time: else it would raise the registers of both.
     if present & (bits % 16 == 0) & (left >= BLOCK):
-        piece(
-            addresses, start, BLOCK, None, 16, factor_ptr, noise, RULE, arguments, TYPES
+        count = piece(
+            addresses, start, BLOCK, None, 16, factor_ptr, noise,
+            RULE, arguments, TYPES, counts_ptr is not None,
         )  # fmt: skip
     elif present:
         offs = tl.arange(0, BLOCK // PIECES)
@@ -56,17 +59,19 @@ def update(
         first = 0
         while first < end:  # not a range, which triton 3.6 cannot interpret with numpy 2.4
             mask = offs < end - first
-            piece(
+            count += piece(
                 addresses, start + first, BLOCK // PIECES, mask, 1, factor_ptr, noise,
-                RULE, arguments, TYPES,
+                RULE, arguments, TYPES, counts_ptr is not None,
             )  # fmt: skip
             first += BLOCK // PIECES
+    if counts_ptr is not None:
+        tl.store(counts_ptr + tl.program_id(0), count)
 
 
 @triton.jit
 def piece(
     addresses, start, NUMEL: tl.constexpr, mask, ALIGNMENT: tl.constexpr,
-    factor_ptr, noise, RULE: tl.constexpr, arguments, TYPES: tl.constexpr,
+    factor_ptr, noise, RULE: tl.constexpr, arguments, TYPES: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     offs = tl.arange(0, NUMEL)
     COMPUTE: tl.constexpr = tl.float64 if TYPES[1] == tl.float64 else tl.float32
@@ -97,13 +102,26 @@ def piece(
     if scales_in(TYPES) > 0:
         states = (decoded(states[0], states[-1], NUMEL),) + states[1:-1]
     values = RULE(param, grad, *states, *arguments)
+    mask_of_rule = values[0]
     if scales_in(TYPES) > 0:
         code, scale = encoded(values[1], mask, NUMEL)
         values = (values[0], code) + values[2:] + (scale,)
     if is_split(TYPES):
         high, low = split(values[0])
         values = (high,) + values[1:] + (low,)
+    if COUNTS:
+        counted = mask_of_rule > 0
+        if mask is not None:
+            counted = counted & mask
+        count = tl.sum(counted.to(tl.float32))  # exact
+    else:
+        store(ptrs, values, start, offs, mask, scaled, noise, TYPES)
+        count = 0.0
+    return count
 
+
+@triton.jit
+def store(ptrs, values, start, offs, mask, scaled, noise, TYPES: tl.constexpr):
     if differ(TYPES):  # then a thread may store other elements of a tensor than it has loaded
         tl.debug_barrier()
     for column in tl.static_range(1, len(TYPES)):

@@ -47,6 +47,7 @@ NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "floa
 BITS = {"fp16": 16, "bf16": 16, "int16": 16, "fp32": 32, "fp64": 64}
 ALL = {"factor_ptr": "*fp32", "skip_ptr": "*fp32", "noise_ptr": "*i64"}
 OPTIONAL = {**ALL, "lr_ptr": "*fp32", "gain_ptr": "*fp64"}
+TWICE = {"mean_ptr": "*fp64", "counts_ptr": "*fp32"}  # of a rule that counts before it updates
 """Arguments that may be absent. On the device, of all kernels: what gradients are multiplied by,
 whether the step is skipped, by what random bits are drawn; the learning rate, and the gains of bias
 correction."""
@@ -61,6 +62,7 @@ class Kernel(NamedTuple):
     constants: dict[str, Any]
     written: tuple[bool, ...] = ()
     block: int = BLOCK
+    stores: bool = True
     split: bool = False  # whether the parameter has lower halves, and fp32 state
     quantized: bool = False  # whether the average of squares are codes, with scales
 
@@ -80,10 +82,13 @@ class Kernel(NamedTuple):
 
 
 def _rmsprop(*on: str, split: bool = False, quantized: bool = False) -> Kernel:
-    constants = {name: None for name in OPTIONAL if name not in on}
-    constants.update({name: name in on for name in (*_TORCH, *_MORE)})
+    constants = {name: None for name in (*OPTIONAL, *TWICE) if name not in on}
+    constants.update({name: name in on for name in (*_TORCH, *_MORE, "CAUTIOUS")})
     written = True, True, "CENTERED" in on, "MOMENTUM" in on
-    return Kernel(rmsprop_kernel, constants, written, split=split, quantized=quantized)
+    stores = "counts_ptr" not in on
+    return Kernel(
+        rmsprop_kernel, constants, written, stores=stores, split=split, quantized=quantized
+    )
 
 
 def _rprop(variant: str, *on: str, split: bool = False) -> Kernel:
@@ -104,6 +109,8 @@ KERNELS: dict[str, Kernel] = {
     "rmsprop, decoupled": _rmsprop("DECAY", "DECOUPLED"),
     "rmsprop, lr in momentum": _rmsprop("MOMENTUM", "LR_IN_MOMENTUM"),
     "rmsprop, nesterov": _rmsprop("MOMENTUM", "NESTEROV"),
+    "rmsprop, cautious": _rmsprop("DECAY", "MOMENTUM", "CAUTIOUS", "mean_ptr"),
+    "rmsprop, cautious, count": _rmsprop("DECAY", "MOMENTUM", "CAUTIOUS", "counts_ptr"),
     "rmsprop, scaled": _rmsprop("factor_ptr", "skip_ptr"),
     "rmsprop, split": _rmsprop(split=True),
     "rmsprop, quantized": _rmsprop(quantized=True),
@@ -120,7 +127,7 @@ KERNELS: dict[str, Kernel] = {
     "rprop, stochastic": _rprop("irprop-", "noise_ptr"),
     "rprop, scaled": _rprop("irprop-", "factor_ptr", "skip_ptr"),
     "irprop+, scaled": _rprop("irprop+", "factor_ptr", "skip_ptr"),
-    "norm": Kernel(square_sum_kernel, {}, block=NORM_BLOCK),
+    "norm": Kernel(square_sum_kernel, {}, block=NORM_BLOCK, stores=False),
 }
 QUICK = ("rmsprop", "rprop", "norm")
 MOST = {
@@ -150,9 +157,9 @@ class MachineCode(NamedTuple):
     def problems(self, dtype: str, kernel: Kernel, most: int = REGISTERS) -> list[str]:
         """Spills, too many registers, and accesses of tensors by less than 128 bits."""
         read = sum(kernel.vectors(dtype))
-        written = read - kernel.vectors(dtype)[0] if kernel.written else 0
+        written = read - kernel.vectors(dtype)[0] if kernel.stores else 0
         names = set(kernel.function.arg_names) - kernel.constants.keys()
-        scalars = len(names & OPTIONAL.keys())  # one value each
+        scalars = len(names & {*OPTIONAL, "mean_ptr"})  # one value each
         few = 8 if kernel.quantized else 0  # codes and scales
         found = [f"spills {self.stack} bytes"] if self.stack else []
         if self.registers > most:
@@ -178,13 +185,9 @@ def compile_kernel(kernel: Kernel, dtypes: Sequence[str | None], target: GPUTarg
     names = kernel.function.arg_names
     types = tuple(name and getattr(tl, NAMES.get(name, name)) for name in dtypes)
     constants = {**kernel.constants, "TYPES": types, "BLOCK": kernel.block}
-    pointers = {**OPTIONAL, "sums_ptr": "*fp64" if types[0] == tl.float64 else "*fp32"}
-    signature = {
-        name: "constexpr"
-        if name in constants
-        else pointers.get(name, "*i64" if name.endswith("_ptr") else "fp64")
-        for name in names
-    }
+    pointers = {**OPTIONAL, **TWICE, "sums_ptr": "*fp64" if types[0] == tl.float64 else "*fp32"}
+    kinds = {n: pointers.get(n, "*i64" if n.endswith("_ptr") else "fp64") for n in names}
+    signature = {name: "constexpr" if name in constants else kinds[name] for name in names}
     aligned: Any = {(index,): [["tt.divisibility", 16]] for index in range(2)}
     source = ASTSource(kernel.function, signature, constexprs=constants, attrs=aligned)
     triton.runtime.driver.set_active(Driver(target))
@@ -282,7 +285,7 @@ def main(kernels: Sequence[str], dtypes: Sequence[str], targets: Sequence[str]) 
         problems = code.problems(dtype, kernel, most(name, dtype, target))
         failed += bool(problems)
         each = code.instructions / (kernel.block / THREADS)
-        between = f"{each:.1f}" if kernel.written else "-"  # what follows the last load is not
+        between = f"{each:.1f}" if kernel.stores else "-"  # what follows the last load is not
         counts = code.loads[128], code.stores[128], "; ".join(problems)
         shown = code.registers, code.blocks, code.stack, between, *counts
         print(row.format(name, dtype, target, *shown).rstrip())

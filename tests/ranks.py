@@ -287,6 +287,25 @@ def half(ours, theirs, folder):
             assert_equal(ends[0], ends[1])
 
 
+def cautious(ours, theirs, folder):
+    """Whole parameters and their shards, of which some are empty, have the same means."""
+    whole_ones = DistributedDataParallel(network())
+    train(whole_ones, ours(whole_ones.parameters(), cautious=True))
+    for options in ({}, {"compile": {"backend": "aot_eager"}}, {"fused_amp": True}):
+        model = sharded()
+        optimizer = ours(model.parameters(), cautious=True, **options)
+        train(model, optimizer)
+        assert "left to torch" not in optimizer.describe()
+        for param, twin in zip(model.parameters(), whole_ones.parameters(), strict=True):
+            torch.testing.assert_close(param.full_tensor(), twin)
+    model = network()
+    optimizer = ZeroRedundancyOptimizer(
+        model.parameters(), optimizer_class=ours.func, cautious=True, **ours.keywords
+    )
+    train(DistributedDataParallel(model), optimizer)
+    assert_equal([*model.parameters()], [*whole_ones.parameters()])
+
+
 def zero(make, bucket_view):
     model = network()
     wrapped = DistributedDataParallel(model)
@@ -400,6 +419,7 @@ def scenarios():
         for name, (title, run) in itertools.product(OURS, rows.items())
     }
     both |= {f"{name}, half precision": functools.partial(half, *classes(name)) for name in OURS}
+    both["RMSprop, fsdp2, cautious"] = functools.partial(cautious, *classes("RMSprop"))
     return {**both, "Rprop, fsdp2, compact": functools.partial(compact, *classes("Rprop"))}
 
 

@@ -36,8 +36,8 @@ def from_torch(optimizer: Optimizer, compile: bool | dict[str, Any] = False) -> 
     Raises:
         TypeError: it is of another class (a subclass may do something else), or its `step` was
             replaced by something else than a scheduler's wrapper.
-        ValueError: it is timm's with ``caution`` or ``corrected_weight_decay``, or an option has a
-            wrong value. Whatever is raised, the optimizer is what it was.
+        ValueError: it is timm's with ``corrected_weight_decay``, or an option has a wrong value.
+            Whatever is raised, the optimizer is what it was.
 
     Example:
         >>> model = torch.nn.Linear(10, 1)

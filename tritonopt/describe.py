@@ -61,15 +61,16 @@ def _members(known: Group, sweep_path: str, packed: bool) -> Iterator[tuple[Any,
     expected = known.expected()
     native = [(p, known.expected_bytes(p)) for p, why in expected if not why]
     parts = known.plan.parts if known.plan is not None else []
-    taken = [(known.native[i], part.bytes_per_element) for part in parts for i in part.indices]
-    for param, per_element in (*taken, *native):
+    own = known.native
+    taken = [(own[i], p.bytes_of(local(own[i]).numel())) for p in parts for i in p.indices]
+    for param, nbytes in (*taken, *native):
         device, numel = local(param).device, local(param).numel()
         kind, name = path(device)
         names = str(device), str(param.dtype), sweep_path if kind == "eager" else name
         why = known.why_in_place[id(param)]
         if why is None and packed and slab.find(param) is None:
             why = "nothing lies beside it, or it was moved after the first step"
-        yield names, "in place" if why else "packed", numel, numel * per_element, why
+        yield names, "in place" if why else "packed", numel, nbytes, why
     for param, why in (*known.fallback, *expected):
         if why is not None:
             names = str(param.device), str(param.dtype), "torch"

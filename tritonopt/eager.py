@@ -21,6 +21,7 @@ threshold_backward = torch.ops.aten.threshold_backward
 
 Variant = Literal["irprop-", "rprop-", "rprop+", "irprop+"]
 VARIANTS = get_args(Variant)
+LEAST = 1e-3  # mean of a mask, where nothing or hardly anything agrees: timm's
 
 
 class Scratch:
@@ -84,6 +85,21 @@ def apply(
             tensor.copy_(computed if bits is None else rounded(computed, bits))
 
 
+def count(
+    rule: Callable[..., None], grad: Tensor, tensors: Sequence[Any], scratch: Scratch, hyper: Any
+) -> float:
+    """How many elements the mask has of which a rule takes the `mean`. Nothing is changed."""
+    counts: list[float] = []
+
+    def mean(mask: Tensor) -> float:
+        counts.append(float(mask.sum()))
+        return 1.0
+
+    copies = [tensor if tensor is None else tensor.clone() for tensor in tensors]
+    apply(rule, grad, copies, scratch, {**hyper, "mean": mean})
+    return counts[0]
+
+
 @lru_cache(256)
 @torch.inference_mode(False)
 def number(value: float, dtype: torch.dtype) -> Tensor:
@@ -96,11 +112,13 @@ def rmsprop_(
     lr: float, alpha: float, eps: float, weight_decay: float, momentum: float, maximize: bool,
     eps_in_sqrt: bool = False, lr_in_momentum: bool = False, nesterov: bool = False,
     decoupled_weight_decay: bool = False, nan_safe: bool = False, step: float | None = None,
-    correction: float | None = None,
+    correction: float | None = None, cautious: bool = False, mean: Any = None,
 ) -> None:  # fmt: skip
     """For bias correction, `step` is the number of steps with this one; graphs, which would compute
     the power for every element, take the `correction` that follows from it. Graphs have tensors for
-    numbers, too, about which they cannot decide: they compute both, and choose."""
+    numbers, too, about which they cannot decide: they compute both, and choose.
+    `mean`, if it is cautious: of the mask over the tensor of which this is a part, or what takes
+    it; None: this is a whole tensor."""
     if isinstance(lr, Tensor):
         lr = lr.double()  # type: ignore[assignment]  # its products are rounded as a float's
     decays = isinstance(weight_decay, Tensor) or weight_decay != 0
@@ -141,12 +159,30 @@ def rmsprop_(
         scale = -1.0 if lr_in_momentum else -lr
         value = rate if lr_in_momentum else gain
         momentum_buffer.mul_(scratch.number(momentum)).addcdiv_(grad, avg, value=value)
+        if cautious:
+            update = momentum_buffer
+            if nesterov:
+                update = torch.div(grad, avg, out=scratch.second).mul_(value)
+                update = update.add_(momentum_buffer, alpha=momentum)
+            param.add_(_masked(update, grad, scratch, mean), alpha=scale)
+            return
         if nesterov:
             param.addcdiv_(grad, avg, value=-rate)
             scale = scale * momentum
         param.add_(momentum_buffer, alpha=scale)
     else:
         param.addcdiv_(grad, avg, value=-rate)
+
+
+def _masked(update: Tensor, grad: Tensor, scratch: Scratch, mean: Any) -> Tensor:
+    """The update where it has the gradient's sign, divided by the mean of that mask; else 0."""
+    mask = torch.mul(update, grad, out=scratch.first).gt_(0)
+    if mean is None:
+        mean = mask.mean()
+    elif callable(mean):
+        mean = mean(mask)
+    mean = mean.clamp(min=LEAST) if isinstance(mean, Tensor) else max(mean, LEAST)
+    return torch.mul(update, mask.div_(mean), out=scratch.second)
 
 
 def _lerp_(start: Tensor, end: Tensor, weight: float) -> None:

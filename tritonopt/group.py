@@ -167,8 +167,9 @@ class Group:
         self.lists, grads = self._gather()
         if self.native:
             origins = None if self.rule.seed is None else self._origins()
+            shards = self.native if self.sharded and self.rule.takes_mean else None
             sweep = self.optimizer._sweep
-            self.plan = Plan(self.rule, self.lists, grads, sweep, origins=origins)
+            self.plan = Plan(self.rule, self.lists, grads, sweep, origins=origins, shards=shards)
         self.params = params
 
     def _origins(self) -> list[int]:
@@ -253,10 +254,16 @@ class Group:
         return [(param, self.why_torch or self._why_not_native(param)) for param in real]
 
     def expected_bytes(self, param: Tensor) -> int:
-        """That a step will move of each element, if its gradient has its dtype."""
+        """That a step will move of it, if its gradient has its dtype."""
         keys = (key for key in self.rule.used if key != quantized.SCALE)  # 4 bytes a block
         dtypes = (self._dtype_of(key, param) or param.dtype for key in keys)
-        return 3 * param.itemsize + 2 * sum(dtype.itemsize for dtype in dtypes)
+        states = sum(dtype.itemsize for dtype in dtypes)
+        numel, per_element = local(param).numel(), 3 * param.itemsize + 2 * states
+        sweep = getattr(self.optimizer._sweep, "func", self.optimizer._sweep)
+        once = sweep.once if path(local(param).device)[0] == "eager" else 0
+        if self.rule.takes_mean and (is_sharded(param) or numel > once):
+            per_element += param.itemsize + states
+        return numel * per_element
 
 
 def _precise(rule: Rule, options: dict[str, Any]) -> Rule:

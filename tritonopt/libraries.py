@@ -9,8 +9,12 @@ TENSORFLOW_LIKE = (
 OPTIONS = {  # all that torch does not have, as both have them
     "eps_in_sqrt": True, "initial_scale": 1.0, "lr_in_momentum": False,
     "nesterov": False, "bias_correction": False, "decoupled_weight_decay": False, "nan_safe": False,
+    "cautious": False,
 }  # fmt: skip
-TIMM_ALONE = ("decoupled_decay", "caution", "corrected_weight_decay")
+TIMM_ALONE = {  # and what ours has for it
+    "decoupled_decay": "decoupled_weight_decay", "caution": "cautious",
+    "corrected_weight_decay": "decoupled_weight_decay alone",
+}  # fmt: skip
 
 
 def from_timm(group: dict[str, Any]) -> dict[str, Any]:
@@ -22,12 +26,14 @@ def from_timm(group: dict[str, Any]) -> dict[str, Any]:
     if not group.keys() >= {"decoupled_decay", "lr_in_momentum"} or "eps_in_sqrt" in group:
         return group
     decoupled = bool(group["decoupled_decay"])
-    for name, is_used in (("caution", True), ("corrected_weight_decay", decoupled)):
-        if group.get(name) and is_used:
-            raise ValueError(f"tritonopt has no {name}, with which timm's RMSpropTF trains here")
+    if group.get("corrected_weight_decay") and decoupled:
+        raise ValueError(
+            "tritonopt has no corrected_weight_decay, with which timm's RMSpropTF trains here"
+        )
     ours = {name: group[name] for name in group if name not in (*TIMM_ALONE, "max_lr_snapshot")}
     ours.update(OPTIONS, foreach=None)  # which selects their own code there
     ours.update(lr_in_momentum=bool(group["lr_in_momentum"]), decoupled_weight_decay=decoupled)
+    ours.update(cautious=bool(group.get("caution")))
     return ours
 
 

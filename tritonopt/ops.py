@@ -15,7 +15,8 @@ Positional arguments are lists of tensors. The others are those of :class:`trito
     rmsprop_(params, grads, square_avgs, grad_avgs, momentum_buffers, state_steps, remainders=None,
         scales=None, *, lr=1e-2, alpha=0.99, eps=1e-8, weight_decay=0, momentum=0, maximize=False,
         eps_in_sqrt=False, lr_in_momentum=False, nesterov=False, decoupled_weight_decay=False,
-        bias_correction=False, nan_safe=False, stochastic_rounding=False, rounding_seed=0)
+        bias_correction=False, nan_safe=False, stochastic_rounding=False, rounding_seed=0,
+        cautious=False)
     rprop_(params, grads, prevs, step_sizes, state_steps, remainders=None, *, etaminus=0.5,
         etaplus=1.2, step_size_min=1e-6, step_size_max=50, maximize=False, variant="irprop-",
         loss_rose=False, compact=False, stochastic_rounding=False, rounding_seed=0)
@@ -61,7 +62,8 @@ _RMSPROP = (
     "Scalar alpha=0.99, Scalar eps=1e-8, Scalar weight_decay=0, Scalar momentum=0, "
     "bool maximize=False, bool eps_in_sqrt=False, bool lr_in_momentum=False, "
     "bool nesterov=False, bool decoupled_weight_decay=False, bool bias_correction=False, "
-    "bool nan_safe=False, bool stochastic_rounding=False, int rounding_seed=0) -> ()"
+    "bool nan_safe=False, bool stochastic_rounding=False, int rounding_seed=0, "
+    "bool cautious=False) -> ()"
 )
 _RPROP = (
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] prevs, Tensor(c!)[] step_sizes, "
@@ -133,7 +135,7 @@ def _rule(name: str, lists: Lists, grads: list[Tensor], hyper: dict[str, Any]) -
         raise ValueError(f"{name} needs lists of equal lengths; lists it does not use are empty")
     if not {*rule.used} <= {*used}:
         raise ValueError(f"{name} needs state for every parameter")
-    for key in ("momentum", "nesterov", "lr_in_momentum"):
+    for key in ("momentum", "nesterov", "lr_in_momentum", "cautious"):
         if hyper.get(key) and not columns[-1]:
             raise ValueError(f"{name} needs momentum_buffers for {key}")
     if hyper.get("nan_safe") and not columns[1]:
@@ -149,15 +151,16 @@ def _rule(name: str, lists: Lists, grads: list[Tensor], hyper: dict[str, Any]) -
         if needed and len(steps) != len(params):
             raise ValueError(f"{name} needs state_steps for {key}, one for each parameter")
     seed = seed if is_stochastic else None
-    return rule._replace(used=tuple(used), takes_step=takes_step, seed=seed)
+    takes_mean = bool(hyper.get("cautious"))
+    return rule._replace(used=tuple(used), takes_step=takes_step, takes_mean=takes_mean, seed=seed)
 
 
 def _quantized(
     name: str, rule: Rule, params: list[Tensor], columns: list[list[Tensor]], scales: list[Tensor]
 ) -> Rule:
     """The rule whose averages of squares are codes."""
-    if columns[1] or torch.float64 in {param.dtype for param in params}:
-        raise ValueError(f"{name} takes no grad_avgs and no float64 where square_avgs are codes")
+    if columns[1] or rule.takes_mean or torch.float64 in {param.dtype for param in params}:
+        raise ValueError(f"{name}: codes go with no grad_avgs, cautious or float64")
     kinds = {code.dtype for code in columns[0]}, {scale.dtype for scale in scales}
     sizes = [(quantized.blocks(param.numel()),) for param in params]
     if kinds != ({torch.uint8}, {_FP32}) or sizes != [tuple(scale.size()) for scale in scales]:

@@ -52,7 +52,9 @@ checkpoints, missing gradients, moved parameters, clipping, `compile()` and `des
 `Rule`, `Scratch`, `update` of `tritonopt.kernels.update`, and this class with `rule`, `hyper`,
 `initial` and `update_by_torch` are stable. Parameters that no launch takes (complex, not dense,
 overlapping, subclasses) are updated one by one, in their own shape, by the eager rule, unless
-`update_by_torch` says how. With `takes_step` of `Rule` the rule takes `step`, too.
+`update_by_torch` says how. With `takes_step` of `Rule` the rule takes `step`, too. With
+`takes_mean` it takes `mean`, of a mask over each whole parameter: read `_masked` in `eager.py`, and
+`rmsprop_` in `kernels/launch.py`.
 """
 
 import warnings

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tritonopt import shard
 from tritonopt.device import path
 from tritonopt.eager import Scratch, apply, number
 from tritonopt.eligible import belongs, same_layout
@@ -30,6 +31,7 @@ class Rule(NamedTuple):
     used: tuple[str, ...]  # of it, what the group's options ask for
     takes_step: bool = False  # whether it takes the number of steps, too
     seed: int | None = None  # of random bits by which bf16 is rounded; None: to nearest
+    takes_mean: bool = False  # whether it takes the mean of its mask over each whole tensor, too
 
     @property
     def is_split(self) -> bool:
@@ -62,6 +64,12 @@ class Part(NamedTuple):
     device: torch.device
     grad_dtype: torch.dtype
     bytes_per_element: int  # that a step moves at the least
+    again: int  # bytes per element that it reads twice, of a tensor with more elements than `once`
+    once: int
+
+    def bytes_of(self, numel: int) -> int:
+        """That a step moves, of a tensor."""
+        return numel * (self.bytes_per_element + (self.again if numel > self.once else 0))
 
 
 Grads = Sequence[Tensor | None]
@@ -74,6 +82,7 @@ class Plan:
 
     `apart`: indices of parameters to be updated one by one, in order, by the eager rule, as all
     those are whose state has another memory layout. `origins`: where random bits of each begin.
+    `shards`: DTensors of which these are this rank's parts, if a rule takes means over all ranks.
     """
 
     steps_at: list[int] | None = None
@@ -81,9 +90,9 @@ class Plan:
     def __init__(
         self, rule: Rule, lists: Lists, grads: Grads,
         sweep: Callable[..., Sweep] = Sweep, apart: Iterable[int] = (),
-        origins: Sequence[int] | None = None,
+        origins: Sequence[int] | None = None, shards: Sequence[Any] | None = None,
     ) -> None:  # fmt: skip
-        self.rule, self.sweep, self.origins = rule, sweep, origins
+        self.rule, self.sweep, self.origins, self.shards = rule, sweep, origins, shards
         params, *columns, _ = lists
         self.geometry = Geometry(lists[:-1])  # of scalars, where they lie is enough
         self.expects: Callable[..., bool] | None = None  # gradients that need no look, one by one
@@ -140,10 +149,12 @@ class Plan:
 
             origins = self.origins and [self.origins[index] for index in some]
             update = Launch(self.rule.launcher(), params, columns, origins, **how)
-        keys = ("param", *self.rule.state)
-        pairs = zip(keys, (params, *columns), strict=True)
-        written = sum(column[0].itemsize for key, column in pairs if column and key != SCALE)
-        return Part(some, update, device, grad_dtype, 2 * written + grad_dtype.itemsize)
+        pairs = zip(("param", *self.rule.state), (params, *columns), strict=True)
+        sizes = [column[0].itemsize for key, column in pairs if column and key != SCALE]
+        bytes_per_element = 2 * sum(sizes) + grad_dtype.itemsize
+        again = sum(sizes[1:]) + grad_dtype.itemsize if self.rule.takes_mean else 0
+        once = 0 if self.shards else update.once
+        return Part(some, update, device, grad_dtype, bytes_per_element, again, once)
 
     def is_for(self, lists: Lists) -> bool:
         is_counted = addresses(lists[-1]) == self.steps_at
@@ -176,6 +187,7 @@ class Plan:
         """Updates what has a gradient, which counts `factor` times, unless `skip` is not 0."""
         given = None if all_given(grads) else [grad is not None or None for grad in grads]
         self._count(lists[-1], given, skip)
+        calls = []
         for part in self.parts:
             own = grads
             if len(part.indices) < len(grads):
@@ -185,7 +197,12 @@ class Plan:
                 steps = _common([lists[-1][index] for index in part.indices])
             if self.rule.takes_step:
                 hyper = {**hyper, "step": steps}
-            part.update(own, hyper, factor, skip, self._noise(part.indices, steps))
+            noise = self._noise(part.indices, steps)
+            calls.append((part, (own, hyper, factor, skip, noise)))
+        if self.rule.takes_mean:
+            calls = self._with_means(calls)
+        for part, arguments in calls:
+            part.update(*arguments)
         for index in self.apart:
             grad = grads[index]
             if grad is not None:
@@ -202,6 +219,21 @@ class Plan:
         if given is not None:
             changed = [compress(column, given) for column in lists]
         torch.autograd.graph.increment_version([*chain.from_iterable(changed)])
+
+    def _with_means(self, calls: list[Any]) -> list[Any]:
+        """With the means over all ranks; None: each update finds those of its tensors."""
+        counts: list[Any] = [None] * len(self.params)
+        for part, arguments in calls if self.shards else []:
+            for index, value in zip(part.indices, part.update.counts(*arguments), strict=True):
+                counts[index] = value
+        means = shard.means(counts, self.shards) if self.shards else counts
+        made = []
+        for part, (own, hyper, *rest) in calls:
+            known = None
+            if self.shards:
+                known = torch.stack([means[index] for index in part.indices])
+            made.append((part, (own, {**hyper, "mean": known}, *rest)))
+        return made
 
     def _noise(self, some: Sequence[int], steps: float | Tensor) -> Noise | None:
         if self.origins is None or self.rule.seed is None:

@@ -1,9 +1,12 @@
 """DTensors: what lies on this rank takes part in the same update as any other tensor."""
 
 import sys
+from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -26,6 +29,24 @@ def coordinates(tensor: Any) -> tuple[int, ...]:
         return ()
     at = tensor.device_mesh.get_coordinate() or ()
     return tuple(x for x, kind in zip(at, tensor.placements, strict=False) if kind.is_shard())
+
+
+def means(counts: Sequence[Tensor], tensors: Sequence[Any]) -> list[Tensor]:
+    """Of what each rank has counted in its parts of tensors: the sums, by numbers of elements."""
+    sums, meshes = [*counts], defaultdict(list)
+    for index, tensor in enumerate(tensors):
+        if is_sharded(tensor):
+            kinds = tuple(kind.is_shard() for kind in tensor.placements)
+            meshes[tensor.device_mesh, kinds].append(index)
+    for (mesh, kinds), some in meshes.items():  # in the same order on all ranks
+        from torch.distributed.tensor import DTensor, Partial, Replicate
+
+        mine = torch.stack([counts[index] for index in some])
+        placements = [Partial() if kind else Replicate() for kind in kinds]
+        both = DTensor.from_local(mine, mesh, placements, run_check=False).full_tensor()
+        for index, value in zip(some, both.unbind(), strict=True):
+            sums[index] = value
+    return [value / max(tensor.numel(), 1) for value, tensor in zip(sums, tensors, strict=True)]
 
 
 def same_shards(left: Any, right: Any) -> bool:

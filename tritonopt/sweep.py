@@ -7,14 +7,14 @@ autograd scatters, are gathered; small tensors that lie apart are gathered, too,
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritonopt.eager import Scratch, apply, computed_in
+from tritonopt.eager import Scratch, apply, computed_in, count
 from tritonopt.precision import Noise
 from tritonopt.quantized import BLOCK
 from tritonopt.slab import filled, flattened
@@ -43,6 +43,8 @@ class Sweep:
     """The update of `params` and their state, which must not move as long as it is used."""
 
     path = "eager"  # in `describe()`
+    once = PIECE  # elements of a tensor that is gone through once even if the rule takes its mean
+    joins_means = True  # whether several tensors are one update even then
 
     def __init__(
         self, rule: Callable[..., None], params: Sequence[Tensor], columns: Columns,
@@ -84,14 +86,18 @@ class Sweep:
         """Updates every tensor that has a gradient. A gradient has its parameter's strides.
 
         Gradients count `factor` times; `skip` is for devices; by `noise`, bf16 is rounded. `step`
-        of `hyper`, if the rule takes it, is a number, or a tensor with the number of each tensor.
+        of `hyper`, if the rule takes it, is a number, or a tensor with the number of each tensor;
+        `mean` is None, or a tensor with what is known of each.
         """
         factor = None if factor is None else factor.cpu()  # of a norm over several devices
         if self.permuted:
             grads = [grad if grad is None else flattened(grad) for grad in grads]
-        steps = hyper["step"].tolist() if isinstance(hyper.get("step"), Tensor) else None
-        keys = None  # what is updated together has one key
-        if steps or not all_given(grads):
+        steps = _values(hyper.get("step"))
+        takes_mean, means = "mean" in hyper, _values(hyper.get("mean"))
+        keys: list[Any] | None = None  # what is updated together has one key
+        if takes_mean and (means or not self.joins_means):
+            keys = [None if grad is None else index for index, grad in enumerate(grads)]
+        elif steps or not all_given(grads):
             pairs = zip(grads, steps or repeat(True), strict=False)
             keys = [None if grad is None else key for grad, key in pairs]
         for some, flats in self._memory(keys):
@@ -99,7 +105,15 @@ class Sweep:
                 hyper = {**hyper, "step": steps[some[0]]}
             first = 0
             longest = self.piece if noise is None else min(self.piece, PIECE)
-            for grad, *piece in self._cut([self._joined(grads, some), *flats], longest):
+            flats = [self._joined(grads, some), *flats]
+            if takes_mean:
+                mean: Any = means[some[0]] if means else None
+                if len(some) > 1:
+                    mean = partial(_means, [self.columns[0][index].numel() for index in some])
+                elif mean is None and flats[0].numel() > longest:
+                    mean = self._count(flats, hyper, factor) / flats[0].numel()
+                hyper = {**hyper, "mean": mean}
+            for grad, *piece in self._cut(flats, longest):
                 bits: Sequence[Tensor | None] = ()
                 if noise is not None:
                     bits = self._bits(noise, some, first, grad.numel(), piece)
@@ -109,6 +123,32 @@ class Sweep:
                 if factor is not None:
                     grad = grad.to(self.dtype) * factor
                 self._update(piece, grad, hyper, bits)
+
+    def counts(
+        self, grads: Sequence[Tensor | None], hyper: dict[str, Any],
+        factor: Tensor | None = None, skip: Tensor | None = None, noise: Noise | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Of each tensor, how many elements the mask has of which the rule takes the mean."""
+        factor = None if factor is None else factor.cpu()
+        if self.permuted:
+            grads = [grad if grad is None else flattened(grad) for grad in grads]
+        steps, counts = _values(hyper.get("step")), [0.0] * len(grads)
+        keys = [None if grad is None else index for index, grad in enumerate(grads)]
+        for (index,), flats in self._memory(keys):
+            if steps:
+                hyper = {**hyper, "step": steps[index]}
+            counts[index] = self._count([self._joined(grads, [index]), *flats], hyper, factor)
+        return torch.tensor(counts, dtype=torch.float64, device="cpu")
+
+    def _count(self, flats: Sequence[Any], hyper: dict[str, Any], factor: Tensor | None) -> float:
+        total = 0.0
+        for grad, *piece in self._cut(flats, PIECE):
+            if self.is_split:
+                piece[-1] = piece[-1].view(torch.int16)
+            grad = grad if factor is None else grad.to(self.dtype) * factor
+            scratch = _thread.scratch(grad.numel(), self.dtype)
+            total += count(self.rule, grad, piece, scratch, hyper)
+        return total
 
     def _bits(
         self, noise: Noise, some: Sequence[int], first: int, numel: int, piece: Sequence[Any]
@@ -168,6 +208,20 @@ class Sweep:
         pairs = zip(flats, sizes, strict=True)
         pieces = (repeat(None) if flat is None else flat.split(size) for flat, size in pairs)
         return zip(*pieces, strict=False)
+
+
+def _values(value: Any) -> list[float] | None:
+    return value.tolist() if isinstance(value, Tensor) else None
+
+
+def _means(numels: Sequence[int], mask: Tensor) -> Tensor:
+    """Of tensors that lie side by side, for each element."""
+    lengths = torch.tensor(numels, device="cpu")
+    means = torch.segment_reduce(mask, "mean", lengths=lengths)
+    # Not repeat_interleave: it wakes torch's threads, however few elements there are.
+    number = torch.zeros(len(mask), dtype=torch.int32, device="cpu")
+    number[lengths.cumsum(0)[:-1]] = 1
+    return means.index_select(0, number.cumsum(0, dtype=torch.int32))
 
 
 class _Thread(threading.local):

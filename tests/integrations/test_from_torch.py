@@ -201,10 +201,12 @@ def test_others_train_on(kind, before):
         ({}, {"lr_in_momentum": True}),
         ({"momentum": 0.9}, {"lr_in_momentum": True}),
         ({"momentum": 0.9, "lr_in_momentum": False}, {}),
+        ({"momentum": 0.9, "caution": True}, {"lr_in_momentum": True, "cautious": True}),
+        ({"momentum": 0.9, "caution": True, "weight_decay": 0.1, "lr_in_momentum": False}, {}),
         ({"centered": True, "eps": 1e-3}, {}),
         ({"weight_decay": 0.1, "decoupled_decay": True}, {"decoupled_weight_decay": True}),
     ],
-    ids=["plain", "momentum", "lr apart", "centered", "decoupled"],
+    ids=["plain", "momentum", "lr apart", "caution", "caution, lr apart", "centered", "decoupled"],
 )
 def test_timms_own(options, fitting, before, monkeypatch):
     assert_trains_on(timm_rmsprop_tf(monkeypatch), options, fitting, before)
@@ -273,8 +275,8 @@ def test_stable_baselines3s_own(options):
     assert_trains_on(pytest.importorskip(name).RMSpropTFLike, options, {"eps_in_sqrt": True}, 3)
 
 
-@pytest.mark.parametrize("option", ["caution", "corrected_weight_decay"])
-def test_an_option_of_timm_that_ours_has_not_is_refused(option):
+def test_an_option_of_timm_that_ours_has_not_is_refused():
+    option = "corrected_weight_decay"
     params = parameters([(3,), (4,)])
     groups = [{"params": params[:1]}, {"params": params[1:], option: True, "decoupled_decay": True}]
     optimizer = Timm(groups, extra={**TIMM, option: False})

@@ -193,11 +193,11 @@ def seen(update, *args, **hyper):
 
 rmsprop = dict(alpha=0.9, eps=0, weight_decay=1, momentum=0.5, maximize=False)
 update = launch.Launch(launch.rmsprop_, params, columns)
-assert seen(update, lr=0.01, **rmsprop)[7] == 0.01
-assert seen(update, lr=1, **rmsprop)[7:13] == (1, 0.9, 0, 1, 0.5, 1) and len(jitted) == 1
+assert seen(update, lr=0.01, **rmsprop)[9] == 0.01
+assert seen(update, lr=1, **rmsprop)[9:15] == (1, 0.9, 0, 1, 0.5, 1) and len(jitted) == 1
 assert seen(update, lr=one, **rmsprop)[5] is one and len(jitted) == 2
 assert seen(update, lr=unaligned, **rmsprop)[5] is unaligned and len(jitted) == 3
-assert seen(update, lr=0.01, **{**rmsprop, "maximize": True})[13] is True and len(jitted) == 4
+assert seen(update, lr=0.01, **{**rmsprop, "maximize": True})[15] is True and len(jitted) == 4
 rprop = dict(etaminus=0.5, etaplus=1.2, step_size_min=1e-6, step_size_max=50, maximize=True)
 update = launch.Launch(launch.rprop_, params, columns[:2])
 seen(update, **rprop)

@@ -246,6 +246,8 @@ def test_refused():
     param = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match="quantized=True leaves no variance for centered"):
         tritonopt.RMSprop([param], quantized=True, centered=True)
+    with pytest.raises(ValueError, match="quantized=True does not go with cautious=True"):
+        tritonopt.RMSprop([param], quantized=True, cautious=True, momentum=0.9)
     with pytest.raises(ValueError, match="quantized=True.*foreach=True"):
         tritonopt.RMSprop([param], quantized=True, foreach=True)
     double = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
@@ -255,7 +257,7 @@ def test_refused():
     lists = [torch.ones(3)], [torch.ones(3)], [torch.ones(3, dtype=torch.uint8)]
     with pytest.raises(ValueError, match="an fp32 scale for each block"):
         torch.ops.tritonopt.rmsprop_(*lists, [], [], [])
-    with pytest.raises(ValueError, match="no grad_avgs"):
+    with pytest.raises(ValueError, match="codes go with no grad_avgs"):
         torch.ops.tritonopt.rmsprop_(*lists, [torch.ones(3)], [], [], None, [torch.ones(1)])
     with pytest.raises(NotImplementedError, match="dense parameters"):
         wide = [torch.ones(6)[::2]]

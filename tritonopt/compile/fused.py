@@ -40,6 +40,8 @@ def has_compiler(backend: Any) -> bool:
 
 class CompiledSweep(Sweep):
     path = "compiled"  # in `describe()`
+    once = 2**62
+    joins_means = False  # the mean is in the graph
 
     def __init__(
         self, *lists: Any, is_split: bool = False, is_quantized: bool = False, **kwargs: Any
