@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from perf.implementations import IMPLEMENTATIONS, RULES, Missing, Workload
+from perf.implementations import RULES, Missing, Workload
 from perf.machine import accelerator
 from perf.run import apart
-from perf.steps import CHOSEN, Measured, figures, measure
+from perf.steps import ALL, CHOSEN, EAGER, Measured, figures, measure
 from perf.workloads import WORKLOADS
 
 DEVICE = accelerator() or torch.device("cpu")
@@ -50,7 +50,7 @@ def measured(workload: Workload, names: tuple[str, ...]) -> Measured:
 
 
 @pytest.mark.benchmark(timer=replay)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", dict.fromkeys([*ALL, *EAGER]))
 @pytest.mark.parametrize("optimizer", RULES)
 @pytest.mark.parametrize("workload", CHOSEN)
 def test_step(

@@ -10,7 +10,7 @@ import sys
 
 import torch
 
-from perf import bf16, compile_time, host, memory, run, steps
+from perf import compile_time, host, memory, run, steps
 
 POWERS = (10, 14, 18, 22, 26)
 
@@ -22,7 +22,6 @@ def plan(device: torch.device, quick: bool) -> list[run.Job]:
         *host.plan(device, quick),
         *memory.plan(device, quick),
         *later,
-        *bf16.plan(device, quick),
         *steps.curve(device, POWERS[:2] if quick else POWERS, seconds=0.3),
         *compile_time.plan(device, quick),
         *last,

@@ -30,6 +30,8 @@ def plan(device: torch.device, quick: bool) -> list[run.Job]:
         *steps.jobs(device, ["1 x 64M"] * len(more), steps.EAGER, more, seconds=0.5),
         *steps.curve(device, POWERS[-2:] if quick else POWERS, seconds=0.2),
         *tune.plan(device, quick)[:FIRST],
+        *steps.options(device, quick),
+        *memory.options(device, quick),
         *compile_time.plan(device, quick),
         *last,
     ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from math import prod
 from operator import attrgetter
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "RMSprop": ("RMSprop", {}),
     "Rprop": ("Rprop", {}),
     "RMSprop, centered, momentum": ("RMSprop", {"centered": True, "momentum": 0.9}),
+    "RMSprop, bf16": ("RMSprop", {}),
+    "Rprop, bf16": ("Rprop", {}),
 }
 
 
@@ -49,14 +52,20 @@ class Workload(NamedTuple):
     def elements(self) -> int:
         return sum(map(prod, self.shapes))
 
+    def bytes_of(self, implementation: Implementation) -> tuple[int, int]:
+        """An element's state, and what a step must move of it: parameter and state are read and
+        written, the gradient is read."""
+        optimizer = self._replace(shapes=[(1,)], device=CPU, grads=()).build(implementation)
+        optimizer.step()
+        (entry,) = optimizer.state.values()
+        state = sum(entry[key].itemsize for key in entry if key != "step")
+        moved = 3 * self.dtype.itemsize + 2 * state
+        return state, moved + getattr(optimizer, "moves_more", 0)
+
     @property
     def least_bytes(self) -> int:
-        """What any step must move: parameter and state read and written, the gradient read."""
-        optimizer = self._replace(shapes=[(1,)], device=CPU, grads=()).build(FOR_LOOP)
-        optimizer.step()
-        (state,) = optimizer.state.values()
-        states = [state[key] for key in state if key != "step"]
-        return self.elements * (3 * self.dtype.itemsize + 2 * sum(t.itemsize for t in states))
+        """What any step must move."""
+        return self.elements * self.bytes_of(FOR_LOOP)[1]
 
     def build(self, implementation: Implementation) -> Any:
         """An optimizer over parameters of its own, which have gradients."""
@@ -91,6 +100,30 @@ def _replayed(optimizer: Any) -> Step:
     return replay
 
 
+class ByHand:
+    """An optimizer of fp32 copies: gradients are copied to them, and results from them."""
+
+    moves_more = 10  # gradients in fp32, out and in; copies in again; parameters are not read
+
+    def __init__(self, make: Any, params: list[Any], **options: Any) -> None:
+        self.params = params
+        self.copies = [torch.nn.Parameter(param.detach().float()) for param in params]
+        for copy in self.copies:
+            copy.grad = torch.empty_like(copy)  # kept: to allocate it at each step takes longer
+        self.optimizer = make(self.copies, **options)
+        self.compile = self.optimizer.compile
+
+    @torch.no_grad()
+    def step(self) -> None:
+        torch._foreach_copy_([c.grad for c in self.copies], [p.grad for p in self.params])
+        self.optimizer.step()
+        torch._foreach_copy_(self.params, self.copies)
+
+    @property
+    def state(self) -> dict[Any, Any]:
+        return {copy: {**self.optimizer.state[copy], "copy": copy} for copy in self.copies}
+
+
 class Implementation(NamedTuple):
     library: Any
     start: Callable[[Any], Step] = attrgetter("step")  # from the optimizer to what takes a step
@@ -116,6 +149,38 @@ IMPLEMENTATIONS = {
         tritonopt, _replayed, {"capturable": True}, needs_gpu=True
     ),
 }
+
+BY_HAND = SimpleNamespace(
+    RMSprop=partial(ByHand, tritonopt.RMSprop), Rprop=partial(ByHand, tritonopt.Rprop)
+)
+OPTIONS = {  # of tritonopt's optimizers, and what "fp32 copies" does without one
+    f"{name}={value!r}": Implementation(tritonopt, options={name: value})
+    for name, value in (
+        ("compact", True), ("state_dtype", torch.float32), ("stochastic_rounding", True),
+        ("master", "split"),
+    )
+} | {"fp32 copies": Implementation(BY_HAND)}  # fmt: skip
+COMPILED = {"tritonopt": "compile()", **{name: f"{name}, compile()" for name in OPTIONS}}
+for _name, _option in OPTIONS.items():
+    IMPLEMENTATIONS[_name] = _option
+    IMPLEMENTATIONS[COMPILED[_name]] = _option._replace(start=_compiled_method)
+_COMPACT, *_OF_BF16 = OPTIONS
+BESIDE_PLAIN: dict[str, tuple[torch.dtype, list[str]]] = {  # by configuration
+    "Rprop": (torch.float32, [_COMPACT]),
+    "RMSprop, bf16": (torch.bfloat16, _OF_BF16),
+    "Rprop, bf16": (torch.bfloat16, _OF_BF16),
+}
+
+
+def beside_plain(
+    shapes: Sequence[Shape], device: torch.device
+) -> Iterator[tuple[Workload, list[str]]]:
+    """Workloads, and what takes turns in each; on a GPU, compile() changes nothing."""
+    for configuration, (dtype, some) in BESIDE_PLAIN.items():
+        names = ["tritonopt", *some]
+        if device.type == "cpu":
+            names += [COMPILED[name] for name in names]
+        yield Workload(configuration, shapes, device, dtype), names
 
 
 def start(workload: Workload, names: Iterable[str]) -> tuple[dict[str, Step], dict[str, str]]:

@@ -10,17 +10,17 @@ import gc
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from perf import options, run
-from perf.implementations import IMPLEMENTATIONS, RULES, Implementation, Step, Workload
+from perf import run
+from perf.implementations import COMPILED, RULES, Implementation, Step, Workload, beside_plain
+from perf.implementations import IMPLEMENTATIONS as ALL
 from perf.workloads import WORKLOADS
 
 NAMES = ("for-loop", "foreach", "tritonopt", "compile()")
@@ -78,11 +78,13 @@ def memory(workload: Workload, implementation: Implementation) -> dict[str, int]
     return {"state_bytes": state, "kept_bytes": held - given - state, "peak_bytes": peak}
 
 
-def records(label: str, workloads: list[Workload]) -> Iterator[dict[str, Any]]:
-    for workload, name in product(workloads, NAMES):
+def records(
+    label: str, chosen: Sequence[tuple[Workload, Sequence[str]]]
+) -> Iterator[dict[str, Any]]:
+    for workload, name in [(workload, name) for workload, names in chosen for name in names]:
         yield {
             "optimizer": workload.configuration, "workload": label, "implementation": name,
-            "elements": workload.elements, **memory(workload, IMPLEMENTATIONS[name]),
+            "elements": workload.elements, **memory(workload, ALL[name]),
         }  # fmt: skip
 
 
@@ -91,12 +93,25 @@ def plan(device: torch.device, quick: bool) -> list[run.Job]:
         run.Job(
             "memory",
             label,
-            partial(records, label, [Workload(rule, WORKLOADS[label], device) for rule in RULES]),
+            partial(records, label,
+                    [(Workload(rule, WORKLOADS[label], device), NAMES) for rule in RULES]),
             seconds=120,
         )
         for label in (CHOSEN[:1] if quick else CHOSEN)
-    ] + options.plan(device, quick)
+    ]  # fmt: skip
+
+
+def options(device: torch.device, quick: bool) -> list[run.Job]:
+    label = CHOSEN[0] if quick else "1 x 8M"
+    return [
+        run.Job(
+            "options_memory", f"{work.configuration}, {label}",
+            partial(records, label, [(work, [name for name in names if name in COMPILED])]),
+            seconds=120,
+        )
+        for work, names in beside_plain(WORKLOADS[label], device)
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":
-    sys.exit(run.command(plan, seconds=200))
+    sys.exit(run.command(lambda *given: plan(*given) + options(*given), seconds=300))

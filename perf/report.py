@@ -20,20 +20,48 @@ from statistics import median
 from matplotlib.figure import Figure
 
 from perf.implementations import IMPLEMENTATIONS, RULES
-from perf.tables import Results, implementations, measured, rate, table, tables
+from perf.tables import (
+    Record,
+    Results,
+    implementations,
+    measured,
+    precision,
+    rate,
+    table,
+    tables,
+    unique,
+)
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- perf:(\w+) (\w+) -->\n).*?(<!-- /perf -->)", re.S)
 COLOURS = {name: f"C{number}" for number, name in enumerate(IMPLEMENTATIONS)}
+OWN = ("cpu", "options", "bf16")  # files of results with a name of their own
 PLOTS = {  # what is drawn over the elements of one parameter
     "roofline": ("bytes of the floor / time, GB/s", rate),
     "size": ("step, us", lambda record: record["wall_us"]["median"]),
 }
 
 
+def draw_losses(records: list[Record], file: Path) -> None:
+    labels = unique(records, "optimizer")
+    figure = Figure(figsize=(5 * len(labels), 4), layout="constrained")
+    for axes, label in zip(figure.subplots(1, len(labels), squeeze=False)[0], labels, strict=True):
+        for record in (record for record in records if record["optimizer"] == label):
+            of = record["losses"]
+            at = [record["steps"] * number / (len(of) - 1) for number in range(len(of))]
+            style = dict(color="black", ls="--") if "32" in record["dtype"] else {}
+            axes.semilogy(at, of, label=precision(record), **style)
+        axes.set(title=label, xlabel="step", ylabel="loss over all digits")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(file, dpi=80)
+
+
 def draw(file: Path) -> None:
     """How near to the floor steps over one parameter are, and how long they take."""
     results = json.loads(file.read_text())
+    if trainings := measured(results, "bf16"):
+        draw_losses(trainings, file.with_suffix(".png"))
     records = sorted(measured(results, "curve"), key=lambda record: record["elements"])
     if not records:
         return
@@ -55,25 +83,6 @@ def draw(file: Path) -> None:
         figure.savefig(plot(file, name), dpi=80)
 
 
-def draw_bf16(file: Path) -> None:
-    """The losses of training in bf16."""
-    records = measured(json.loads(file.read_text()), "bf16")
-    if not records:
-        return
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for record in records:
-        columns = [sorted(column) for column in zip(*record["losses"], strict=True)]
-        steps = [record["every"] * number for number in range(len(columns))]
-        (line,) = axes.semilogy(steps, [median(c) for c in columns], label=record["option"])
-        ends = [column[0] for column in columns], [column[-1] for column in columns]
-        axes.fill_between(steps, *ends, color=line.get_color(), alpha=0.15)
-    axes.set(xlabel="steps", ylabel="loss: median of seeds, and ends")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    figure.savefig(plot(file, "bf16"), dpi=80)
-
-
 def plot(file: Path, name: str) -> Path:
     return file.with_name(f"{file.stem}-{name}.png")
 
@@ -85,8 +94,6 @@ def block(file: Path, part: str) -> Iterator[str]:
         yield from tables(results)
     elif part != "plots":
         yield table(results, part)
-    if part in ("all", "bf16") and measured(results, "bf16"):
-        yield f"![{file.stem}-bf16](results/{plot(file, 'bf16').name})"
     if part in ("all", "plots") and measured(results, "curve"):
         plots = [plot(file, name) for name in PLOTS]
         yield "\n".join(f"![{one.stem}](results/{one.name})" for one in plots)
@@ -97,7 +104,7 @@ def fill(text: str, folder: Path) -> str:
     files = sorted(folder.glob("*.json"))
 
     def replace(match: re.Match[str]) -> str:
-        some = [file for file in files if (file.stem == "cpu") == (match[2] == "cpu")]
+        some = [file for file in files if (file.stem if file.stem in OWN else "gpu") == match[2]]
         texts = [text for file in some for text in block(file, match[3]) if text]
         lacking = "Not measured on a GPU yet." if match[2] == "gpu" else "Not measured."
         body = "\n\n".join(texts) or lacking
@@ -125,7 +132,6 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
         file.write_text(made[file])
     for file in folder.glob("*.json"):
         draw(file)
-        draw_bf16(file)
     return 0
 
 

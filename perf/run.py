@@ -132,6 +132,7 @@ def command(
     seconds: float,
     stem: str | None = None,
     arguments: Sequence[str] | None = None,
+    draw: Callable[[Path], None] | None = None,
 ) -> int:
     """The command of a plan of jobs; its exit code. The name of its results is that of the device,
     unless there is a stem."""
@@ -147,7 +148,7 @@ def command(
     add("--compiled-up-to", type=int, metavar="PARAMETERS",
         help="compile no stock optimizer of more than these")  # fmt: skip
     devices = ["cpu", *filter(None, [getattr(accelerator(), "type", None)])]
-    add("--device", choices=devices, default=stem or devices[-1])
+    add("--device", choices=devices, default="cpu" if stem else devices[-1])
     given = parser.parse_args(arguments)
 
     device = torch.device(given.device)
@@ -174,6 +175,8 @@ def command(
         print(*tables(results), f"Interrupted{kept}.", sep="\n\n")
         return INTERRUPTED
     print(*tables(results), sep="\n\n")
+    if out and draw:
+        draw(out)
     return 0 if any(measured(results, part) for part in parts) else 1
 
 

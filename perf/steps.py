@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from perf import options, run
-from perf.implementations import IMPLEMENTATIONS, RULES, Workload, start
+from perf import run
+from perf.implementations import IMPLEMENTATIONS, RULES, Workload, beside_plain, start
 from perf.timing import Times, bandwidth, interleaved
 from perf.workloads import WORKLOADS
 
 CHOSEN = ("1000 x 64", "1 x 64M", "ResNet-50", "LSTM", "DQN", "MobileNetV3-Large", "1 x 8M")
 QUICK = ("1000 x 64", "DQN")
-EAGER = [n for n in IMPLEMENTATIONS if n not in ("compiled", "compile()", "backend")]
+EAGER = ["for-loop", "foreach", "tritonopt", "foreach, replayed", "tritonopt, replayed"]
 OURS = ["for-loop", "foreach", "tritonopt", "compile()"]
 ALL = ["for-loop", "foreach", "compiled", "tritonopt", "compile()", "backend"]
 MANY = 20  # parameters: to compile the stock optimizer over more takes minutes
@@ -50,9 +50,11 @@ def figures(workload: Workload, measured: Measured, name: str) -> dict[str, Any]
         return {"missing": measured.missing[name]}
     summary = measured.times[name].summary()
     taken = summary["device_us"] or summary["wall_us"]
-    floor = workload.least_bytes / measured.bandwidth * 1e6
+    state, moved = workload.bytes_of(IMPLEMENTATIONS[name])
+    floor = workload.elements * moved / measured.bandwidth * 1e6
     return {
-        "elements": workload.elements, "least_bytes": workload.least_bytes,
+        "elements": workload.elements, "least_bytes": workload.elements * moved,
+        "state_bytes_per_element": state,
         "bandwidth_bytes_per_s": measured.bandwidth, "floor_us": floor,
         "fraction_of_floor": floor / taken["median"], **summary,
     }  # fmt: skip
@@ -129,9 +131,23 @@ def curve(device: torch.device, powers: Iterable[int], seconds: float) -> list[r
     ]  # fmt: skip
 
 
+def options(device: torch.device, quick: bool) -> list[run.Job]:
+    """The time and the bytes of options, beside the plain optimizer."""
+    big = "1 x 64M" if device.type == "cuda" else "1 x 8M"
+    chosen = QUICK[:1] if quick else (big, "1000 x 64")
+    return [
+        run.Job(
+            "options", f"{work.configuration}, {label}",
+            partial(records, [(label, work)], names, 3.0), seconds=150,
+        )
+        for label in chosen
+        for work, names in beside_plain(WORKLOADS[label], device)
+    ]  # fmt: skip
+
+
 def plan(device: torch.device, quick: bool) -> list[run.Job]:
     first, later, last = stages(device, QUICK if quick else CHOSEN)
-    return first + later + last + options.plan(device, quick)
+    return first + later + options(device, quick) + last
 
 
 if __name__ == "__main__":

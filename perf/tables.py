@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from statistics import median
 from typing import Any, NamedTuple
 
-from perf.implementations import IMPLEMENTATIONS, RULES
+from perf.implementations import COMPILED, IMPLEMENTATIONS, RULES
 
 Record = dict[str, Any]
 Results = dict[str, Any]
-KEY = ("optimizer", "workload", "tensors", "implementation", "dtype", "block", "threads", "option")
+KEY = ("optimizer", "workload", "tensors", "implementation", "dtype", "block", "threads")
 OURS = ("tritonopt", "compile()", "tritonopt, replayed")  # whose part of the floor is shown
 SHORT = ("1000 x 64", "ResNet-50", "GPT-2 124M", "LSTM")
 SHORT_NAMES = ("for-loop", "foreach", "compiled", "tritonopt", "compile()")
@@ -127,9 +126,41 @@ def summary(results: Results) -> str:
     return f"{grid(['ms per step', *SHORT_NAMES], rows)}\n\n{machine(results, False)}"
 
 
-def memory(results: Results) -> str:
+def options(results: Results) -> str:
+    """Bytes of an element; medians with their spread, and in how many times the plain one's."""
+    texts = []
+    records = measured(results, "options")
+    for optimizer in unique(records, "optimizer"):
+        some = [record for record in records if record["optimizer"] == optimizer]
+        of = {(record["workload"], record["implementation"]): record for record in some}
+        eager = dict.fromkeys(name for name in implementations(some) if name in COMPILED)
+        columns = [
+            (label, names) for label in unique(some, "workload")
+            for names in ({name: name for name in eager}, COMPILED)
+            if (label, names["tritonopt"]) in of
+        ]  # fmt: skip
+        rows = []
+        for name in eager:
+            (first, *_) = (record for record in some if record["implementation"] == name)
+            moved = first["least_bytes"] / first["elements"]
+            row = [f"`{name}`" if "=" in name else name]
+            row += [str(first["state_bytes_per_element"]), f"{moved:.0f}"]
+            for label, names in columns:
+                found, plain = of.get((label, names[name])), of[label, names["tritonopt"]]
+                clock = "device_us" if plain["device_us"] else "wall_us"
+                cell = _milliseconds(found, clock, spread=True)
+                if found not in (None, plain):
+                    cell += f", x {found[clock]['median'] / plain[clock]['median']:.2f}"
+                row.append(cell)
+            rows.append(row)
+        head = [f"{label}, {names['tritonopt']}" for label, names in columns]
+        texts.append(grid([optimizer, "state", "moved", *head], rows))
+    return "\n\n".join(texts)
+
+
+def memory(results: Results, part: str = "memory") -> str:
     """Bytes per element of state, and of what a step needs; KiB of what else is kept."""
-    records = measured(results, "memory")
+    records = measured(results, part)
     cells = {}
     for r in records:
         state, peak = (r[f"{kind}_bytes"] / r["elements"] for kind in ("state", "peak"))
@@ -166,42 +197,6 @@ def compile_time(results: Results) -> str:
     return grid(["", "parameters", *optimizers], rows)
 
 
-def options(results: Results) -> str:
-    """Bytes of an element; milliseconds of a step, and how many times as long as plain."""
-    records = measured(results, "options")
-    workloads = unique(records, "workload")
-    names = [(label, how) for label in workloads for how in ("tritonopt", "compile()")]
-    rows = []
-    for key in unique(records, "optimizer", "dtype", "option"):
-        of = {
-            (r["optimizer"], r["dtype"], r["option"], r["workload"], r["implementation"]): r
-            for r in records
-        }
-        row, one = [*key], next(of[(*key, *name)] for name in names if (*key, *name) in of)
-        row += [figure(one["state_bytes"]), figure(one["moved_bytes"])]
-        for name in names:
-            here, plain = of.get((*key, *name)), of.get((*key[:2], "plain", *name))
-            text = _milliseconds(here, "wall_us")
-            if here and plain and key[2] != "plain":
-                times = here["wall_us"]["median"] / plain["wall_us"]["median"]
-                text += f" ({figure(times)})"
-            row.append(text)
-        rows.append(row)
-    head = ["", "dtype", "option", "state", "moved", *(", ".join(name) for name in names)]
-    return grid(head, rows, text=3)
-
-
-def bf16(results: Results) -> str:
-    """Medians over seeds, and the ends."""
-    rows = []
-    for r in measured(results, "bf16"):
-        first = median(losses[0] for losses in r["losses"])
-        last = sorted(losses[-1] for losses in r["losses"])
-        ends = f"{figure(median(last))} ({figure(last[0])} to {figure(last[-1])})"
-        rows.append([r["option"], figure(first), ends, f"{median(r['kept']):.0%}"])
-    return grid(["", "loss at the start", "at the end", "not changed by a step"], rows)
-
-
 def tune(results: Results) -> str:
     """The fastest grid of each kernel, dtype and workload, beside the library's."""
     records = measured(results, "tune")
@@ -215,10 +210,31 @@ def tune(results: Results) -> str:
     return grid(head, rows, text=3)
 
 
+def precision(record: Record) -> str:
+    name = record["implementation"]
+    dtype = "fp32" if record["dtype"] == "torch.float32" else "bf16"
+    return dtype if name == "tritonopt" else f"{dtype}, {name}"
+
+
+def bf16(results: Results) -> str:
+    """What trainings in fp32 and bf16 come to: medians, and the ends over all starts."""
+    rows = []
+    for record in measured(results, "bf16"):
+        ends = [record[key] for key in ("loss", "way", "squares")]
+        cells = ["{median:.3g} ({least:.3g} to {most:.3g})".format(**of) for of in ends]
+        cells[2] = cells[2] if ends[2]["most"] else "-"  # of Rprop
+        rows.append([record["optimizer"], precision(record), *cells])
+    head = ["training", "parameters", "final loss", "way from the start", "sum of `square_avg`"]
+    return grid(head, rows, text=2)
+
+
 def rate(record: Record) -> float:
     """GB/s of the least bytes."""
     taken = (record["device_us"] or record["wall_us"])["median"]
     return float(record["least_bytes"] / taken / 1e3)
+
+
+MEMORY = "Bytes per element: of state, and of what a step needs"
 
 
 class Table(NamedTuple):
@@ -236,12 +252,14 @@ TABLES = {
                         partial(steps, clock="host_us")),
     "curve": Table("curve", "Milliseconds of a step over one parameter",
                    partial(steps, part="curve")),
-    "memory": Table("memory", "Bytes per element: of state, and of what a step needs; and what"
-                    " else is kept", memory),
+    "memory": Table("memory", f"{MEMORY}; and what else is kept", memory),
+    "options": Table("options", "Options beside the plain optimizer: bytes of an element, and"
+                     " milliseconds", options),
+    "options_memory": Table("options_memory", f"{MEMORY}; and what else is kept, with options",
+                            partial(memory, part="options_memory")),
+    "bf16": Table("bf16", "Trainings in bf16 beside fp32", bf16),
     "host": Table("host", "What the host does, the launch left out", host),
     "compile": Table("compile", "Seconds to the first step, and graphs in 50 steps", compile_time),
-    "options": Table("options", "What options cost", options),
-    "bf16": Table("bf16", "Training in bf16", bf16),
     "tune": Table("tune", "The fastest grids, beside the library's", tune),
     "summary": Table("steps", "", summary),
 }  # fmt: skip

@@ -27,6 +27,12 @@ def device(request) -> torch.device:
     return torch.device(request.param)
 
 
+@pytest.fixture(params=DEVICES, ids=lambda device: "cpu" if device == "cpu" else "accelerator")
+def anywhere(request) -> torch.device:
+    """As `device`. What stands in for a GPU in tests with its name has not all instructions."""
+    return torch.device(request.param)
+
+
 @pytest.fixture(params=OURS)
 def name(request) -> str:
     return request.param

@@ -142,9 +142,9 @@ PRECISION = {
 
 @pytest.mark.parametrize("path", ["step", "compile()"])
 @pytest.mark.parametrize("options", PRECISION.values(), ids=PRECISION)
-def test_half_precision(options, path, device):
+def test_half_precision(options, path, anywhere):
     """The mask is that of fp32, before anything is rounded."""
-    params = parameters([(3000,), (5, 3), ()], torch.bfloat16, device)
+    params = parameters([(3000,), (5, 3), ()], torch.bfloat16, anywhere)
     copies = [torch.nn.Parameter(p.detach().float()) for p in params]
     ours, theirs = make(path, params, **options), ByHand(copies)
     for step in range(3):

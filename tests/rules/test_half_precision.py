@@ -5,7 +5,6 @@ from copy import deepcopy
 import pytest
 import torch
 from cases import OURS, SHAPES, TORCH
-from conftest import DEVICES
 from lion import Lion
 
 import tritonopt
@@ -24,12 +23,6 @@ NEITHER_HAS_TORCH = {"nesterov", "bias_correction"}
 PATHS = ["step"] if INTERPRET else ["step", "compile()"]
 
 
-@pytest.fixture(params=DEVICES, ids=lambda device: "cpu" if device == "cpu" else "accelerator")
-def anywhere(request):
-    """As `device`; what stands in for a GPU in some tests, by its name, cannot draw random bits."""
-    return torch.device(request.param)
-
-
 def random(shapes=SHAPES, device="cpu", dtype=torch.bfloat16):
     return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
 
@@ -46,7 +39,7 @@ def give(grads, *lists):
 
 def whole(optimizer, param):
     """The fp32 of which a parameter and its remainder are the halves."""
-    return joined(param.detach(), optimizer.state[param]["remainder"])
+    return joined(param.detach().cpu(), optimizer.state[param]["remainder"].cpu())
 
 
 def bits(tensor):
@@ -55,7 +48,7 @@ def bits(tensor):
 
 def same(left, right):
     assert left.dtype == right.dtype == torch.float32
-    assert torch.equal(bits(left), bits(right))
+    assert torch.equal(bits(left.cpu()), bits(right.cpu()))
 
 
 def test_two_halves_are_the_whole():
@@ -109,7 +102,7 @@ def test_close_to_fp32_where_kernels_or_compilers_round_otherwise(anywhere):
         ours.step()
         theirs.step()
     for half, single in zip(halves, singles, strict=True):
-        torch.testing.assert_close(whole(ours, half), single.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(whole(ours, half), single.detach().cpu(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", OURS)

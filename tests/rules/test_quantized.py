@@ -5,7 +5,6 @@ from copy import deepcopy
 import pytest
 import torch
 from cases import SHAPES
-from conftest import DEVICES
 
 import tritonopt
 from tritonopt.device import INTERPRET
@@ -24,12 +23,6 @@ from tritonopt.quantized import (
 
 FACTOR = 2 ** (1 / 16) * (1 + 1e-5)  # by which an average is rounded at most
 PATHS = ["step", "op"] if INTERPRET else ["step", "compile()", "op"]
-
-
-@pytest.fixture(params=DEVICES, ids=lambda device: "cpu" if device == "cpu" else "accelerator")
-def anywhere(request):
-    """As `device`; what stands in for a GPU in some tests, by its name, cannot pack bytes."""
-    return torch.device(request.param)
 
 
 def leaves(tensors, dtype=torch.float32):
@@ -145,7 +138,8 @@ def test_with_two_halves(anywhere):
         theirs.step()
     for half, single in zip(halves, singles, strict=True):
         entry = ours.state[half]
-        assert torch.equal(joined(half.detach(), entry["remainder"]), single.detach())
+        whole = joined(half.detach().cpu(), entry["remainder"].cpu())
+        assert torch.equal(whole, single.detach().cpu())
         assert torch.equal(entry[CODE], theirs.state[single][CODE])
 
 

@@ -13,7 +13,7 @@ import torch
 from perf_cases import CPU, ROOT, eager
 
 from perf import compile_time, memory, run, steps, timing
-from perf.implementations import IMPLEMENTATIONS, Workload, start
+from perf.implementations import COMPILED, IMPLEMENTATIONS, Workload, beside_plain, start
 from perf.workloads import WORKLOADS
 
 EAGER = ("for-loop", "foreach", "tritonopt")
@@ -50,6 +50,38 @@ def test_workloads_are_the_published_networks(name):
 def test_the_least_bytes(configuration, dtype, bytes_per_element):
     work = Workload(configuration, [(3, 5), (7,)], CPU, dtype)
     assert work.least_bytes == 22 * bytes_per_element
+
+
+BESIDE_PLAIN = [
+    (work, name) for work, names in beside_plain([(3, 5), (7,)], CPU) for name in names
+    if name in COMPILED
+]  # fmt: skip
+
+
+@eager
+@pytest.mark.parametrize(("work", "name"), BESIDE_PLAIN)
+def test_the_bytes_of_options_are_those_that_are_described(work, name):
+    optimizer = work.build(IMPLEMENTATIONS[name])
+    optimizer.step()
+    state, moved = work.bytes_of(IMPLEMENTATIONS[name])
+    entries = [entry.items() for entry in optimizer.state.values()]
+    assert sum(t.nbytes for entry in entries for key, t in entry if key != "step") == 22 * state
+    inner = getattr(optimizer, "optimizer", optimizer)
+    copied = 2 * (4 + 2) if name == "fp32 copies" else 0  # gradients out, results back
+    assert inner.describe().splitlines()[1].split()[-1] == f"{22 * (moved - copied):,}"
+
+
+def test_fp32_copies_are_what_the_split_master_is():
+    work = Workload("Rprop, bf16", [(3, 5), (7,)], CPU, torch.bfloat16).with_gradients()
+    found = []
+    for name in ("fp32 copies", "master='split'"):
+        torch.manual_seed(0)
+        optimizer = work.build(IMPLEMENTATIONS[name])
+        params = getattr(optimizer, "params", None) or optimizer.param_groups[0]["params"]
+        for _ in range(3):
+            optimizer.step()
+        found.append([param.detach().clone() for param in params])
+    assert all(map(torch.equal, *found))
 
 
 def test_turns():
@@ -142,6 +174,22 @@ def test_records_of_steps(monkeypatch):
     assert first["least_bytes"] == 67 * 28 and last["missing"] == "needs a GPU"
     floor = first["least_bytes"] / 1e10 * 1e6
     assert first["fraction_of_floor"] == pytest.approx(floor / first["wall_us"]["median"])
+
+
+@eager
+def test_what_bf16_learns():
+    pytest.importorskip("sklearn")
+    from perf import bf16
+
+    training = bf16.Training("RMSprop", {"lr": 1e-5}, 20, 128)
+    fp32, plain, _, rounding, split = bf16.records(training, CPU, range(2))
+    assert fp32["dtype"] == "torch.float32" and plain["implementation"] == "tritonopt"
+    assert len(fp32["losses"]) == 21 and fp32["losses"][0] == plain["losses"][0]
+    assert fp32["loss"]["median"] == pytest.approx(fp32["losses"][-1])
+    way = fp32["way"]["median"]
+    assert plain["way"]["most"] < 0.8 * way
+    assert split["way"]["median"] == pytest.approx(way, rel=0.1)
+    assert rounding["loss"]["median"] < plain["loss"]["median"]
 
 
 INTERPRETED = """

@@ -45,7 +45,7 @@ def test_other_figures_are_noticed(tmp_path, monkeypatch):
     results["machine"]["device"] += " of another kind"
     file.write_text(json.dumps(results))
     assert report.main(["--check"], tmp_path) == 1
-    assert report.main([], tmp_path) == 0 and drawn == ["cpu"]
+    assert report.main([], tmp_path) == 0 and sorted(drawn) == ["bf16", "cpu", "options"]
     assert report.main(["--check"], tmp_path) == 0
     assert all((tmp_path / name).read_text() != (ROOT / name).read_text() for name in names)
     next(file.parent.glob("*.png")).unlink()
@@ -100,6 +100,35 @@ def test_what_is_not_known_is_left_out_and_the_last_record_counts():
     results = {"machine": {}, "compile": records, "abandoned": [{"of another": "kind"}]}
     table = tables.table(results, "compile").splitlines()
     assert table[2:] == ["| backend | 50 | 2.0 s, 1 |"]
+
+
+def test_options_are_shown_beside_the_plain_optimizer():
+    records = [
+        {"optimizer": "Rprop", "workload": "one", "implementation": name, "elements": 10,
+         "least_bytes": 10 * moved, "state_bytes_per_element": state, "device_us": None,
+         "wall_us": {"median": 1e3 * ms, "p10": 1e3, "p90": 9e3}}
+        for name, state, moved, ms in (
+            ("tritonopt", 8, 28, 4), ("compact=True", 4, 20, 3), ("compile()", 8, 28, 2))
+    ]  # fmt: skip
+    assert tables.table({"machine": {}, "options": records}, "options").splitlines() == [
+        "| Rprop | state | moved | one, tritonopt | one, compile() |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| tritonopt | 8 | 28 | 4 (1 to 9) | 2 (1 to 9) |",
+        "| `compact=True` | 4 | 20 | 3 (1 to 9), x 0.75 | - |",
+    ]
+
+
+def test_trainings_are_drawn_and_tabulated(tmp_path):
+    ends = {"median": 0.5, "least": 0.25, "most": 1.0}
+    record = {"optimizer": "RMSprop, lr=1", "implementation": "tritonopt", "steps": 4,
+              "losses": [2.0, 1.0, 0.5], "loss": ends, "way": ends, "squares": ends}  # fmt: skip
+    records = [{**record, "dtype": "torch.float32"}, {**record, "dtype": "torch.bfloat16"}]
+    file = tmp_path / "bf16.json"
+    file.write_text(json.dumps({"machine": {}, "bf16": records}))
+    report.draw(file)
+    assert file.with_suffix(".png").exists()
+    made = report.fill("<!-- perf:bf16 bf16 -->\n<!-- /perf -->", tmp_path)
+    assert f"| RMSprop, lr=1 | fp32 |{' 0.5 (0.25 to 1) |' * 3}" in made and "| bf16 |" in made
 
 
 def test_every_file_of_results_is_shown(tmp_path):
