@@ -58,7 +58,8 @@ class Workload(NamedTuple):
         optimizer = self._replace(shapes=[(1,)], device=CPU, grads=()).build(implementation)
         optimizer.step()
         (entry,) = optimizer.state.values()
-        state = sum(entry[key].itemsize for key in entry if key != "step")
+        few = "step", "square_avg_scale"  # which is of 256 elements
+        state = sum(entry[key].itemsize for key in entry if key not in few)
         moved = 3 * self.dtype.itemsize + 2 * state
         return state, moved + getattr(optimizer, "moves_more", 0)
 
@@ -156,7 +157,7 @@ BY_HAND = SimpleNamespace(
 OPTIONS = {  # of tritonopt's optimizers, and what "fp32 copies" does without one
     f"{name}={value!r}": Implementation(tritonopt, options={name: value})
     for name, value in (
-        ("compact", True), ("state_dtype", torch.float32), ("stochastic_rounding", True),
+        ("compact", True), ("quantized", True), ("state_dtype", torch.float32), ("stochastic_rounding", True),
         ("master", "split"),
     )
 } | {"fp32 copies": Implementation(BY_HAND)}  # fmt: skip
@@ -164,8 +165,9 @@ COMPILED = {"tritonopt": "compile()", **{name: f"{name}, compile()" for name in 
 for _name, _option in OPTIONS.items():
     IMPLEMENTATIONS[_name] = _option
     IMPLEMENTATIONS[COMPILED[_name]] = _option._replace(start=_compiled_method)
-_COMPACT, *_OF_BF16 = OPTIONS
+_COMPACT, _QUANTIZED, *_OF_BF16 = OPTIONS
 BESIDE_PLAIN: dict[str, tuple[torch.dtype, list[str]]] = {  # by configuration
+    "RMSprop": (torch.float32, [_QUANTIZED]),
     "Rprop": (torch.float32, [_COMPACT]),
     "RMSprop, bf16": (torch.bfloat16, _OF_BF16),
     "Rprop, bf16": (torch.bfloat16, _OF_BF16),
