@@ -157,8 +157,8 @@ BY_HAND = SimpleNamespace(
 OPTIONS = {  # of tritonopt's optimizers, and what "fp32 copies" does without one
     f"{name}={value!r}": Implementation(tritonopt, options={name: value})
     for name, value in (
-        ("compact", True), ("quantized", True), ("state_dtype", torch.float32), ("stochastic_rounding", True),
-        ("master", "split"),
+        ("compact", True), ("quantized", True), ("state_dtype", torch.float32),
+        ("stochastic_rounding", True), ("master", "split"),
     )
 } | {"fp32 copies": Implementation(BY_HAND)}  # fmt: skip
 COMPILED = {"tritonopt": "compile()", **{name: f"{name}, compile()" for name in OPTIONS}}
