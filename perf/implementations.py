@@ -22,6 +22,8 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "RMSprop": ("RMSprop", {}),
     "Rprop": ("Rprop", {}),
     "RMSprop, centered, momentum": ("RMSprop", {"centered": True, "momentum": 0.9}),
+    "RMSprop, momentum": ("RMSprop", {"momentum": 0.9}),
+    "RMSprop, centered": ("RMSprop", {"centered": True}),
     "RMSprop, bf16": ("RMSprop", {}),
     "Rprop, bf16": ("Rprop", {}),
 }
@@ -157,7 +159,8 @@ BY_HAND = SimpleNamespace(
 OPTIONS = {  # of tritonopt's optimizers, and what "fp32 copies" does without one
     f"{name}={value!r}": Implementation(tritonopt, options={name: value})
     for name, value in (
-        ("compact", True), ("quantized", True), ("state_dtype", torch.float32),
+        ("compact", True), ("quantized", True), ("cautious", True), ("nan_safe", True),
+        ("state_dtype", torch.float32),
         ("stochastic_rounding", True), ("master", "split"),
     )
 } | {"fp32 copies": Implementation(BY_HAND)}  # fmt: skip
@@ -165,10 +168,12 @@ COMPILED = {"tritonopt": "compile()", **{name: f"{name}, compile()" for name in 
 for _name, _option in OPTIONS.items():
     IMPLEMENTATIONS[_name] = _option
     IMPLEMENTATIONS[COMPILED[_name]] = _option._replace(start=_compiled_method)
-_COMPACT, _QUANTIZED, *_OF_BF16 = OPTIONS
+_COMPACT, _QUANTIZED, _CAUTIOUS, _NAN_SAFE, *_OF_BF16 = OPTIONS
 BESIDE_PLAIN: dict[str, tuple[torch.dtype, list[str]]] = {  # by configuration
     "RMSprop": (torch.float32, [_QUANTIZED]),
     "Rprop": (torch.float32, [_COMPACT]),
+    "RMSprop, momentum": (torch.float32, [_CAUTIOUS]),
+    "RMSprop, centered": (torch.float32, [_NAN_SAFE]),
     "RMSprop, bf16": (torch.bfloat16, _OF_BF16),
     "Rprop, bf16": (torch.bfloat16, _OF_BF16),
 }
