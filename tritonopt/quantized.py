@@ -70,7 +70,8 @@ def compressed(entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
     if code is not None:
         fits = code.dtype == torch.uint8 and same_layout(local(code), local(param))
         if not fits or scale is None or scale.dtype != torch.float32 or len(scale) != blocks(numel):
-            raise ValueError(f"state {CODE!r} and {SCALE!r} are not of {numel} elements")
+            what = f"{numel} elements in the parameter's memory layout: load_state_dict makes them so"
+            raise ValueError(f"state {CODE!r} and {SCALE!r} are not of {what}")
         return entry
     square_avg = entry.get(TORCHS)
     if not isinstance(square_avg, Tensor) or square_avg.size() != param.size():
