@@ -70,7 +70,7 @@ def compressed(entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
     if code is not None:
         fits = code.dtype == torch.uint8 and same_layout(local(code), local(param))
         if not fits or scale is None or scale.dtype != torch.float32 or len(scale) != blocks(numel):
-            what = f"{numel} elements in the parameter's memory layout: load_state_dict makes them so"
+            what = f"{numel} elements laid out as the parameter: load_state_dict makes them so"
             raise ValueError(f"state {CODE!r} and {SCALE!r} are not of {what}")
         return entry
     square_avg = entry.get(TORCHS)
