@@ -5,7 +5,7 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, dtype
 
 from tritonopt import slab
 from tritonopt.eligible import why_watched
@@ -141,4 +141,4 @@ def _is_fixed(value: Any) -> bool:
     """Whether a value is what it was; a tensor or an array may have been written to."""
     if type(value) is tuple:
         return all(map(_is_fixed, value))
-    return isinstance(value, (int, float, str, type(None)))
+    return isinstance(value, (int, float, str, type(None), dtype))

@@ -364,6 +364,18 @@ def test_fp32_parameters_beside_those_in_half_precision():
     assert precision.dtype_of(ours.param_groups[0], "square_avg", mixed[0]) == torch.float32
 
 
+def test_param_groups_of_equal_options_are_one_update():
+    params = leaves(random([(3,), (4,)]))
+    ours = tritonopt.RMSprop([{"params": [p]} for p in params], state_dtype=torch.float32)
+    for _ in range(2):
+        give(random([(3,), (4,)]), params)
+        ours.step()
+        (known,) = ours._units.groups.values()
+    give(random([(3,), (4,)]), params)
+    ours.step()
+    assert [*ours._units.groups.values()] == [known]  # not made anew
+
+
 BYTES = [  # of a step for each element: gradient, parameter and state
     ("RMSprop", {}, 2 + 4 + 4),
     ("RMSprop", {"stochastic_rounding": True}, 2 + 4 + 4),
