@@ -115,7 +115,7 @@ KERNELS: dict[str, Kernel] = {
     "rmsprop, split": _rmsprop(split=True),
     "rmsprop, quantized": _rmsprop(quantized=True),
     "rmsprop, stochastic": _rmsprop("noise_ptr"),
-    "rmsprop, all": _rmsprop(*_TORCH, *_MORE, *OPTIONAL),
+    "rmsprop, all": _rmsprop(*_TORCH, *_MORE, *(OPTIONAL.keys() - {"noise_ptr"})),
     "rprop": _rprop("irprop-"),
     "rprop, maximize": _rprop("irprop-", "MAXIMIZE"),
     "rprop-": _rprop("rprop-"),
