@@ -148,7 +148,7 @@ class Launch(Grid):
 
     def _counts(self, hyper: dict[str, Any]) -> Tensor:
         programs: Any = self.pointers[1]
-        counts = torch.empty(len(programs), device=self.device)
+        counts = torch.empty(len(programs), dtype=torch.float32, device=self.device)
         self.rule(self, **{**hyper, "counts": counts})
         sums = torch.zeros(len(self.numels), dtype=torch.float64, device=self.device)
         return sums.index_add_(0, programs >> 32, counts.double())  # exact in any order

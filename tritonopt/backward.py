@@ -151,7 +151,8 @@ class StepInBackward:
         optimizer = self.optimizer
         groups = optimizer.param_groups
         params = [*chain.from_iterable(group["params"] for group in groups)]
-        seen = [*groups, *params, optimizer._sweep]
+        seen = [x for group in groups for x in (group, *group["params"])]
+        seen.append(optimizer._sweep)
         if _same(seen, self._seen):
             return
         self._parts.clear()
@@ -224,6 +225,8 @@ class StepInBackward:
         if grad.requires_grad:
             raise RuntimeError("step_in_backward cannot be used with create_graph=True")
         now = self._begun()
+        if param not in self._hooks:  # it has left the optimizer since
+            return
         stream = CPU if param.is_cpu else _stream(param.device)
         now.waiting.setdefault(stream, []).append((param, grad))
         numel = (grad if type(grad) is Tensor else local(grad)).numel()

@@ -77,6 +77,7 @@ class Group:
         self.waiting: list[Tensor] = []  # for a gradient, with which their state is made
         self.bare: list[tuple[Tensor, bool]] = []  # have no state; whether they are native
         self.fallback: list[tuple[Tensor, str]] = []  # left to torch, and why
+        self.fitted: dict[Tensor, Any] = {}  # entries that take the place of those in the state
         self.native: list[Tensor] = []
         rows = ([p, *map((state.get(p) or {}).get, self._keys())] for p in params)
         rows = ([local(t) for t in row if isinstance(t, Tensor)] for row in rows)
@@ -85,7 +86,9 @@ class Group:
             entry, has_gradient = state.get(param), for_a_step and param.grad is not None
             why = self.why_torch or self._why_not_native(param)
             if for_a_step and entry and why is None:
-                entry = state[param] = self._fitted(param, entry)
+                entry = self._fitted(param, entry)
+                if entry is not state[param]:
+                    self.fitted[param] = entry
             missing = [key for key in self._keys() if why is None and entry and key not in entry]
             if has_gradient:
                 grad = local(param.grad)
@@ -167,10 +170,14 @@ class Group:
         self.lists, grads = self._gather()
         if self.native:
             origins = None if self.rule.seed is None else self._origins()
+            self.sizes = self._sizes()
             shards = self.native if self.sharded and self.rule.takes_mean else None
             sweep = self.optimizer._sweep
             self.plan = Plan(self.rule, self.lists, grads, sweep, origins=origins, shards=shards)
         self.params = params
+
+    def _sizes(self) -> list[int]:
+        return [len(group["params"]) for group in self.groups]
 
     def _origins(self) -> list[int]:
         """Where the random bits of native parameters begin."""
@@ -207,6 +214,8 @@ class Group:
             raise Stale
         if self.why_torch:
             return []
+        if self.plan is not None and self.rule.seed is not None and self._sizes() != self.sizes:
+            raise Stale
         if not same_entries and not all(map(is_, map(get, params), self.entries)):
             raise Stale
         if self.fallback and _looks(self.fallback) != self._left:

@@ -163,6 +163,9 @@ def _quantized(
         raise ValueError(f"{name}: codes go with no grad_avgs, cautious or float64")
     kinds = {code.dtype for code in columns[0]}, {scale.dtype for scale in scales}
     sizes = [(quantized.blocks(param.numel()),) for param in params]
+    pairs = zip(scales, params, strict=False)
+    if not all(scale.is_contiguous() and scale.device == param.device for scale, param in pairs):
+        raise ValueError(f"{name} needs contiguous scales on their parameters' devices")
     if kinds != ({torch.uint8}, {_FP32}) or sizes != [tuple(scale.size()) for scale in scales]:
         raise ValueError(f"{name} needs codes of uint8, and an fp32 scale for each block of them")
     return rule.with_codes()

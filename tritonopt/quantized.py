@@ -66,10 +66,13 @@ def compressed(entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
     Raises:
         ValueError: codes or scales are not what was made or saved.
     """
-    numel, code, scale = local(param).numel(), entry.get(CODE), entry.get(SCALE)
+    numel, code = local(param).numel(), entry.get(CODE)
+    scale: Any = entry.get(SCALE)
     if code is not None:
         fits = code.dtype == torch.uint8 and same_layout(local(code), local(param))
-        if not fits or scale is None or scale.dtype != torch.float32 or len(scale) != blocks(numel):
+        fits = fits and isinstance(scale, Tensor) and scale.dtype == torch.float32
+        fits = fits and scale.size() == (blocks(numel),) and scale.is_contiguous()
+        if not fits:
             what = f"{numel} elements laid out as the parameter: load_state_dict makes them so"
             raise ValueError(f"state {CODE!r} and {SCALE!r} are not of {what}")
         return entry

@@ -77,7 +77,7 @@ class Sweep:
 
     def _piece(self, params: Sequence[Tensor]) -> int:
         asleep = len(params) >= MANY and sum(p.numel() for p in params) <= LITTLE
-        return SERIAL if asleep else PIECE
+        return SERIAL // BLOCK * BLOCK if asleep else PIECE  # else random bits, and scales, overlap
 
     def __call__(
         self, grads: Sequence[Tensor | None], hyper: dict[str, Any],

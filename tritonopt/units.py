@@ -19,6 +19,7 @@ class Units:
     """Of one optimizer. What is remembered is verified at every step."""
 
     grad_norm: Tensor | None = None
+    may_be_dummy = True  # whether a step may be one that only makes state
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
@@ -88,8 +89,9 @@ class Units:
         bare = [param for group in stale for param, _ in group.bare]
         if bare and skip is not None and skip.item():
             return False
-        is_dummy = bool(bare) and optimizer._is_dummy_step(bare)
+        is_dummy = bool(bare) and self.may_be_dummy and optimizer._is_dummy_step(bare)
         for group in stale:
+            state.update(group.fitted)
             new = [p for p, is_native in group.bare if is_dummy or is_native]
             group.make_state([p for p in new if not state.get(p)])  # from an earlier group
         if is_dummy:
@@ -125,6 +127,8 @@ class Units:
 class Part(Units):
     """What a step over some of an optimizer's parameters works on."""
 
+    may_be_dummy = False  # of gradients that are 0, it sees but some
+
     def __init__(self, optimizer: Any, params: list[Tensor]) -> None:
         super().__init__(optimizer)
         self.params, mine = params, {*map(id, params)}
@@ -133,6 +137,7 @@ class Part(Units):
 
     def param_groups(self) -> list[dict[str, Any]]:
         for group, own, some in self._rows:
+            own.clear()
             own.update({**group, "params": some})
         return [own for _, own, _ in self._rows]
 

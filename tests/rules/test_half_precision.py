@@ -364,6 +364,35 @@ def test_fp32_parameters_beside_those_in_half_precision():
     assert precision.dtype_of(ours.param_groups[0], "square_avg", mixed[0]) == torch.float32
 
 
+def test_random_bits_do_not_depend_on_what_is_updated_beside():
+    """Many small parameters change the pieces in which a CPU goes through a long one."""
+    ends = []
+    for others in (0, 250):
+        params = leaves([torch.ones(40000), *[torch.ones(4)] * others])
+        ours = tritonopt.RMSprop(
+            params, lr=1e-4, stochastic_rounding=True, state_dtype=torch.float32
+        )
+        give([torch.ones_like(param) for param in params], params)
+        ours.step()
+        ends.append(params[0])
+    assert torch.equal(*ends)
+
+
+def test_random_bits_follow_a_parameter_that_changes_its_group():
+    params = leaves([torch.ones(64)] * 3)
+    a, b, c = params
+    ours = tritonopt.RMSprop([{"params": [a, b]}, {"params": [c]}], stochastic_rounding=True)
+    give(random([(64,)] * 3), params)
+    ours.step()
+    ours.param_groups[1]["params"].insert(0, ours.param_groups[0]["params"].pop())
+    copies = deepcopy((params, ours))
+    grads = random([(64,)] * 3)
+    for some, optimizer in ((params, ours), copies):
+        give(grads, some)
+        optimizer.step()
+    assert all(map(torch.equal, params, copies[0]))
+
+
 def test_param_groups_of_equal_options_are_one_update():
     params = leaves(random([(3,), (4,)]))
     ours = tritonopt.RMSprop([{"params": [p]} for p in params], state_dtype=torch.float32)

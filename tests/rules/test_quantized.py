@@ -236,6 +236,29 @@ def test_from_torch_and_to_it():
         train(params, ours, range(5, 6))
 
 
+def test_a_long_parameter_beside_many_small_ones():
+    params = leaves([*[torch.ones(4)] * 220, torch.ones(33000)])
+    alone = leaves([torch.ones(33000)])
+    for some in (params, alone):
+        ours = tritonopt.RMSprop(some, quantized=True)
+        give([torch.linspace(-1, 1, param.numel()) for param in some], some)
+        ours.step()
+    assert torch.equal(params[-1], alone[0])
+
+
+def test_an_error_comes_before_anything_is_converted():
+    params = leaves([torch.ones(64), torch.ones(64)])
+    ours = tritonopt.RMSprop(params)
+    give([torch.linspace(0.1, 1, 64)] * 2, params)
+    ours.step()
+    before = ours.state[params[0]]["square_avg"].clone()
+    ours.param_groups[0]["quantized"] = True
+    params[1].grad = torch.ones(64).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        ours.step()
+    assert torch.equal(ours.state[params[0]]["square_avg"], before)
+
+
 def test_refused():
     param = torch.nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match="quantized=True leaves no variance for centered"):
@@ -253,6 +276,11 @@ def test_refused():
         torch.ops.tritonopt.rmsprop_(*lists, [], [], [])
     with pytest.raises(ValueError, match="codes go with no grad_avgs"):
         torch.ops.tritonopt.rmsprop_(*lists, [torch.ones(3)], [], [], None, [torch.ones(1)])
+    with pytest.raises(ValueError, match="contiguous scales"):
+        codes = torch.zeros(600, dtype=torch.uint8)
+        lists = [torch.zeros(600)], [torch.ones(600)], [codes], [], [], [], None
+        torch.ops.tritonopt.rmsprop_(*lists, [torch.zeros(6)[::2]])
+    lists = [torch.ones(3)], [torch.ones(3)], [torch.ones(3, dtype=torch.uint8)]
     with pytest.raises(NotImplementedError, match="dense parameters"):
         wide = [torch.ones(6)[::2]]
         torch.ops.tritonopt.rmsprop_(wide, *lists[1:], [], [], [], None, [torch.ones(1)])
