@@ -15,6 +15,7 @@ from tritonopt.kernels.arithmetic import INTERPRETED
 from tritonopt.kernels.norm import square_sum_kernel
 from tritonopt.kernels.rmsprop import rmsprop_kernel
 from tritonopt.kernels.rprop import rprop_kernel
+from tritonopt.kernels.update import AT_RANDOM
 from tritonopt.precision import Noise
 
 BLOCK, THREADS = 1024, 128  # 8 elements a thread: 128 bits of a tensor in half precision
@@ -114,13 +115,16 @@ class Launch(Grid):
 
     def __init__(
         self, rule: Callable[..., None], params: Sequence[Tensor], columns: Columns,
-        origins: Sequence[int] | None = None, *, is_split: bool = False, is_quantized: bool = False,
+        origins: Sequence[int] | None = None, *,
+        is_split: bool = False, is_quantized: bool = False, is_stochastic: bool = False,
     ) -> None:  # fmt: skip
         numels = [param.numel() for param in params]
         super().__init__(numels, [params, *columns], params[0].device, BLOCK, origins)
         self.rule = rule
         extra = is_split + is_quantized  # columns at the end that a rule does not see
         self.used = [column is not None for column in columns][: len(columns) - extra]
+        if is_stochastic:
+            self.types = [AT_RANDOM if kind == tl.bfloat16 else kind for kind in self.types]
         if is_split:
             self.types[-1] = tl.int16
 
@@ -129,7 +133,7 @@ class Launch(Grid):
         factor: Tensor | None = None, skip: Tensor | None = None, noise: Noise | None = None,
     ) -> None:  # fmt: skip
         """Updates what has a gradient, which has its parameter's strides and counts `factor` times;
-        nothing is updated where `skip` is not 0. `noise`: by which bf16 is rounded."""
+        nothing is updated where `skip` is not 0. `noise`: random bits, if the rule takes any."""
         with torch.accelerator.device_index(self.device.index):
             if self._point(grads, factor, skip, noise):
                 if "mean" in hyper and hyper["mean"] is None:

@@ -34,8 +34,8 @@ def philox(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
-def rounded(x, key, origin, offs, COLUMN: tl.constexpr):
-    """Fp32 to one of two neighbours in bf16, by 16 random bits an element."""
+def random(key, origin, offs, COLUMN: tl.constexpr):
+    """16 random bits an element."""
     # Eight elements share four words. On the aligned path they are a thread's own, of which the
     # compiler sees that they share them.
     at, number = origin + (offs >> 3), offs & 7
@@ -46,6 +46,11 @@ def rounded(x, key, origin, offs, COLUMN: tl.constexpr):
     )
     word = tl.where(number < 2, first, tl.where(number < 4, second, third))
     word = tl.where(number < 6, word, fourth)
-    random = tl.where((number & 1) == 0, word & 0xFFFF, word >> 16)
-    noisy = (x.to(tl.int32, bitcast=True) + random.to(tl.int32, bitcast=True)) & -0x10000
+    return tl.where((number & 1) == 0, word & 0xFFFF, word >> 16).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def rounded(x, noise):
+    """Fp32 to one of two neighbours in bf16."""
+    noisy = (x.to(tl.int32, bitcast=True) + noise) & -0x10000
     return tl.where(x == x, noisy.to(tl.float32, bitcast=True), x)  # of NaN, all bits may be 1

@@ -8,6 +8,7 @@ from tritonopt.kernels.arithmetic import div_rn
 
 BLOCK: tl.constexpr = tl.constexpr(quantized.BLOCK)
 MANTISSAS: tl.constexpr = tl.constexpr(tuple(quantized.MANTISSAS))
+PER_WIDTH: tl.constexpr = tl.constexpr(quantized.PER_WIDTH)
 BOUNDS: tl.constexpr = tl.constexpr(tuple(quantized.BOUNDS))
 
 
@@ -36,17 +37,21 @@ def decoded(code, scale, NUMEL: tl.constexpr):
 
 
 @triton.jit
-def encoded(square_avg, mask, NUMEL: tl.constexpr):
+def encoded(square_avg, mask, noise, NUMEL: tl.constexpr):
     if mask is not None:
         square_avg = tl.where(mask, square_avg, 0.0)
     whole = tl.reshape(square_avg, (NUMEL // BLOCK, BLOCK))
     scale = tl.reduce(whole, 1, greater)
     whole = tl.where(scale == 0, 1.0, scale)  # of 0 there is no code but 0
-    bits = div_rn(square_avg, per_element(whole, NUMEL)).to(tl.int32, bitcast=True)
+    ratio = div_rn(square_avg, per_element(whole, NUMEL))
+    bits = ratio.to(tl.int32, bitcast=True)
     mantissa = bits & 0x7FFFFF
-    code = 255 + 8 * ((bits >> 23) - 127)
-    for k in tl.static_range(8):
+    code, begin = 255 + 8 * ((bits >> 23) - 127), 0
+    for k in tl.static_range(7):
         code += (mantissa >= BOUNDS[k]).to(tl.int32)
+        begin = tl.where(mantissa >= BOUNDS[k], BOUNDS[k], begin)
+    lower = (bits & -0x800000 | begin).to(tl.float32, bitcast=True)
+    code += ((ratio - lower) * PER_WIDTH > (noise.to(tl.float32) + 0.5) * lower).to(tl.int32)
     code = tl.minimum(tl.maximum(code, 1), 255)
     return tl.where(square_avg > 0, code, 0).to(tl.uint8), scale
 

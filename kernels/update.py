@@ -8,13 +8,15 @@ import triton
 import triton.language as tl
 
 from tritonopt.kernels.arithmetic import INTERPRETED
-from tritonopt.kernels.precision import joined, rounded, split
+from tritonopt.kernels.precision import joined, random, rounded, split
 from tritonopt.kernels.quantized import BLOCK as SCALED
 from tritonopt.kernels.quantized import decoded, encoded, of_blocks
 
 PIECES: tl.constexpr = tl.constexpr(1 if INTERPRETED.value else 4)
 """In which a masked block is updated, one after the other: else it takes 72 registers a thread in
 place of 48 (more of them in README.md). The interpreter is slower the more pieces there are."""
+AT_RANDOM: tl.constexpr = tl.constexpr(tl.uint16)
+"""In the place of bf16 among TYPES, where it is rounded by random bits."""
 
 
 @triton.jit
@@ -24,8 +26,8 @@ def update(
 ):  # fmt: skip
     """Up to BLOCK elements of one tensor. TYPES: of what the addresses in a row are of; where the
     last is int16, it holds the lower halves of the parameter; where the first state is uint8, the
-    last but for that holds its scales. With counts, nothing is updated: the rule returns a mask in
-    the parameter's place, of which the sum is stored."""
+    last but for that holds its scales; AT_RANDOM stands for bf16. With counts, nothing is updated:
+    the rule returns a mask in the parameter's place, of which the sum is stored."""
     # A row of the table: numel, the addresses of gradient, parameter and states; 0 where there is
     # no gradient, or no such state. With noise, also where the tensor's counters begin.
     WIDTH: tl.constexpr = len(TYPES) + (1 if noise_ptr is None else 2)
@@ -86,10 +88,10 @@ def piece(
             ptrs = ptrs + (ptr + start // SCALED + tl.arange(0, NUMEL // SCALED),)
             values = values + (tl.load(ptrs[column], scaled),)
         else:
-            ptr = addresses[column].to(tl.pointer_type(TYPES[column]))
+            ptr = addresses[column].to(tl.pointer_type(in_memory(TYPES[column])))
             ptrs = ptrs + (tl.multiple_of(ptr, ALIGNMENT) + start + offs,)
             value = tl.load(ptrs[column], mask)
-            if TYPES[column].is_floating():
+            if in_memory(TYPES[column]).is_floating():
                 value = value.to(COMPUTE)
             values = values + (value,)
     grad = values[0]
@@ -104,7 +106,8 @@ def piece(
     values = RULE(param, grad, *states, *arguments)
     mask_of_rule = values[0]
     if scales_in(TYPES) > 0:
-        code, scale = encoded(values[1], mask, NUMEL)
+        drawn = random(noise[0], noise[1] + (start >> 3), offs, 1)
+        code, scale = encoded(values[1], mask, drawn, NUMEL)
         values = (values[0], code) + values[2:] + (scale,)
     if is_split(TYPES):
         high, low = split(values[0])
@@ -127,8 +130,9 @@ def store(ptrs, values, start, offs, mask, scaled, noise, TYPES: tl.constexpr):
     for column in tl.static_range(1, len(TYPES)):
         if TYPES[column] is not None:
             value = values[column - 1]
-            if noise is not None and TYPES[column] == tl.bfloat16:
-                value = rounded(value, noise[0], noise[1] + (start >> 3), offs, column - 1)
+            if TYPES[column] == AT_RANDOM:
+                origin = noise[1] + (start >> 3)
+                value = rounded(value, random(noise[0], origin, offs, column - 1))
             tl.store(ptrs[column], value, scaled if column == scales_in(TYPES) else mask)
 
 
@@ -141,10 +145,15 @@ def scales_in(types):
 
 
 @triton.constexpr_function
+def in_memory(kind):
+    return tl.bfloat16 if kind == AT_RANDOM else kind
+
+
+@triton.constexpr_function
 def is_split(types):
     return types[-1] is not None and types[-1] == tl.int16
 
 
 @triton.constexpr_function
 def differ(types):
-    return len({*types} - {None}) > 1
+    return len({in_memory(kind) for kind in types} - {None}) > 1

@@ -44,7 +44,7 @@ TARGETS = {
 }
 DTYPES = ("fp16", "bf16", "fp32", "fp64")
 NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
-BITS = {"fp16": 16, "bf16": 16, "int16": 16, "fp32": 32, "fp64": 64}
+BITS = {"fp16": 16, "bf16": 16, "int16": 16, "uint16": 16, "fp32": 32, "fp64": 64}
 ALL = {"factor_ptr": "*fp32", "skip_ptr": "*fp32", "noise_ptr": "*i64"}
 OPTIONAL = {**ALL, "lr_ptr": "*fp32", "gain_ptr": "*fp64"}
 TWICE = {"mean_ptr": "*fp64", "counts_ptr": "*fp32"}  # of a rule that counts before it updates
@@ -72,7 +72,10 @@ class Kernel(NamedTuple):
         first = "uint8" if self.quantized else state
         columns = zip(self.written, (dtype, first, state, state), strict=False)
         more = ["fp32"] * self.quantized + ["int16"] * self.split
-        return [dtype, *(of if used else None for used, of in columns), *more]
+        written = [of if used else None for used, of in columns]
+        if "noise_ptr" not in self.constants and not self.quantized:
+            written = ["uint16" if of == "bf16" else of for of in written]  # AT_RANDOM
+        return [dtype, *written, *more]
 
     def vectors(self, dtype: str) -> list[int]:
         """Accesses of 128 bits that a thread needs for each tensor; of codes and scales, none."""
@@ -82,6 +85,7 @@ class Kernel(NamedTuple):
 
 
 def _rmsprop(*on: str, split: bool = False, quantized: bool = False) -> Kernel:
+    on = (*on, "noise_ptr") if quantized else on  # codes are drawn
     constants = {name: None for name in (*OPTIONAL, *TWICE) if name not in on}
     constants.update({name: name in on for name in (*_TORCH, *_MORE, "CAUTIOUS")})
     written = True, True, "CENTERED" in on, "MOMENTUM" in on

@@ -75,7 +75,7 @@ def apply(
         work[0] = joined(tensors[0], low)
     rule(work[0], grad.to(dtype), *work[1:], scratch, **hyper)
     if code is not None and scale is not None:
-        for tensor, value in zip((code, scale), encoded(work[1]), strict=True):
+        for tensor, value in zip((code, scale), encoded(work[1], noise[1]), strict=True):
             tensor.copy_(value)
     if low is not None:
         work[0], rest = split(work[0])

@@ -279,8 +279,10 @@ def _precise(rule: Rule, options: dict[str, Any]) -> Rule:
     """The rule with what the options of `precision` ask for."""
     if options.get("master"):
         rule = rule.with_remainder()
-    if options.get("stochastic_rounding"):
-        rule = rule._replace(seed=options.get("rounding_seed", 0))
+    is_stochastic = bool(options.get("stochastic_rounding"))
+    if is_stochastic or rule.is_quantized:
+        seed = options.get("rounding_seed", 0)
+        rule = rule._replace(seed=seed, is_stochastic=is_stochastic)
     return rule
 
 

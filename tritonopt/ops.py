@@ -143,16 +143,21 @@ def _rule(name: str, lists: Lists, grads: list[Tensor], hyper: dict[str, Any]) -
     takes_step = hyper.pop("bias_correction", False)
     seed, options = hyper.pop("rounding_seed"), {"stochastic_rounding": False}
     options["stochastic_rounding"] = is_stochastic = hyper.pop("stochastic_rounding")
-    precision.check({**options, "rounding_seed": seed})
+    is_quantized = torch.uint8 in {tensor.dtype for tensor in columns[0]}
+    precision.check({**options, "rounding_seed": seed, "quantized": is_quantized})
     why = next(filter(None, (precision.why_not(options, param) for param in params)), None)
     if why is not None:
         raise ValueError(f"{name}: a parameter {why}")
-    for key, needed in (("bias_correction", takes_step), ("stochastic_rounding", is_stochastic)):
+    draws = is_stochastic or is_quantized
+    for key, needed in (("bias_correction", takes_step), ("random bits", draws)):
         if needed and len(steps) != len(params):
             raise ValueError(f"{name} needs state_steps for {key}, one for each parameter")
-    seed = seed if is_stochastic else None
+    seed = seed if draws else None
     takes_mean = bool(hyper.get("cautious"))
-    return rule._replace(used=tuple(used), takes_step=takes_step, takes_mean=takes_mean, seed=seed)
+    return rule._replace(
+        used=tuple(used), takes_step=takes_step, takes_mean=takes_mean,
+        seed=seed, is_stochastic=is_stochastic,
+    )  # fmt: skip
 
 
 def _quantized(
@@ -173,7 +178,7 @@ def _quantized(
 
 def _split(name: str, rule: Rule, params: list[Tensor], remainders: list[Tensor]) -> Rule:
     """The rule of parameters in two halves."""
-    if len(remainders) != len(params) or rule.seed is not None:
+    if len(remainders) != len(params) or rule.is_stochastic:
         raise ValueError(f"{name} needs a remainder for every parameter, and none that is rounded")
     kinds = {param.dtype for param in params}, {remainder.dtype for remainder in remainders}
     if kinds != ({torch.bfloat16}, {torch.int16}):

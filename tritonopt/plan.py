@@ -30,7 +30,8 @@ class Rule(NamedTuple):
     state: tuple[str, ...]  # keys of all state that the rule takes, in its order
     used: tuple[str, ...]  # of it, what the group's options ask for
     takes_step: bool = False  # whether it takes the number of steps, too
-    seed: int | None = None  # of random bits by which bf16 is rounded; None: to nearest
+    seed: int | None = None  # of random bits; None: it takes none
+    is_stochastic: bool = False  # whether bf16 is rounded by random bits; else to nearest
     takes_mean: bool = False  # whether it takes the mean of its mask over each whole tensor, too
 
     @property
@@ -148,6 +149,7 @@ class Plan:
             from tritonopt.kernels.launch import Launch
 
             origins = self.origins and [self.origins[index] for index in some]
+            how["is_stochastic"] = self.rule.is_stochastic
             update = Launch(self.rule.launcher(), params, columns, origins, **how)
         pairs = zip(("param", *self.rule.state), (params, *columns), strict=True)
         sizes = [column[0].itemsize for key, column in pairs if column and key != SCALE]
@@ -238,7 +240,8 @@ class Plan:
     def _noise(self, some: Sequence[int], steps: float | Tensor) -> Noise | None:
         if self.origins is None or self.rule.seed is None:
             return None
-        return Noise(self.rule.seed, [self.origins[index] for index in some], steps)
+        origins = [self.origins[index] for index in some]
+        return Noise(self.rule.seed, origins, steps, self.rule.is_stochastic)
 
     def _count(self, steps: Sequence[Tensor], given: Any, skip: Tensor | None) -> None:
         """Adds 1 to the step of every parameter that has a gradient; None: all have."""

@@ -31,8 +31,8 @@ def check(group: dict[str, Any]) -> None:
     seed = values["rounding_seed"]
     if type(seed) is not int or not 0 <= seed < 2**31:
         raise ValueError(f"Invalid rounding_seed: {seed!r}, not an int from 0 to 2**31 - 1")
-    if seed and not values["stochastic_rounding"]:
-        raise ValueError("rounding_seed requires stochastic_rounding=True")
+    if seed and not values["stochastic_rounding"] and not group.get("quantized"):
+        raise ValueError("rounding_seed requires stochastic_rounding=True, or quantized=True")
     if values["stochastic_rounding"] and values["master"]:
         raise ValueError("stochastic_rounding rounds, and master='split' does not: leave one out")
 
@@ -125,7 +125,7 @@ def joined(high: Tensor, low: Tensor) -> Tensor:
 
 
 class Noise(NamedTuple):
-    """Random bits for stochastic rounding, of one step of some tensors.
+    """Random bits for stochastic rounding and for codes, of one step of some tensors.
 
     16 for each element and column, from Philox4x32-10: its key is the seed and the number of the
     tensor's step, its counter says where the element lies, so that every path draws the same.
@@ -134,12 +134,17 @@ class Noise(NamedTuple):
     seed: int
     origins: Sequence[int]  # of each tensor, where its counters begin
     steps: float | Tensor  # of all tensors, or of each
+    is_stochastic: bool = True  # whether bf16 takes some, and not codes alone
+
+    def is_for(self, tensor: Tensor | None) -> bool:
+        dtype = None if tensor is None else tensor.dtype
+        return dtype is torch.uint8 or (self.is_stochastic and dtype is torch.bfloat16)
 
     def like(self, tensors: Sequence[Any]) -> list[Tensor | None]:
         """For one parameter and its state, in the order of its elements."""
         return [
             self.of([0], [tensor.numel()], 0, column).view(tensor.size())
-            if tensor is not None and tensor.dtype is torch.bfloat16
+            if self.is_for(tensor)
             else None
             for column, tensor in enumerate(tensors)
         ]

@@ -2,7 +2,8 @@
 element how far it lies below that, in eighths of a power of 2.
 
 A code of 255 is the greatest itself, one of 1 lies 31.75 powers of 2 below: less counts as that.
-Only 0 is 0. What is in between is rounded by a factor of 2^(1/16) at most, its root by 2^(1/32).
+Only 0 is 0. What is in between becomes one of two codes at random, right on average: by the nearest
+one, an average that moves by less than half a code a step would never move.
 """
 
 from typing import Any
@@ -24,7 +25,8 @@ with torch.inference_mode(False):
     MIDDLES = 2 ** ((torch.arange(1, 255, dtype=torch.float64, device="cpu") - 254.5) / 8)
     MIDDLES = MIDDLES.float()  # from which on a number is the next code's
 MANTISSAS = [float(2 ** (k / 8)) for k in range(8)]
-BOUNDS = (MIDDLES[-8:].view(torch.int32) & 0x7FFFFF).tolist()  # mantissas of those below 1
+PER_WIDTH = 2**16 / (2 ** (1 / 8) - 1)  # random bits' range, by how far codes lie apart
+BOUNDS = (POWERS[248:255].view(torch.int32) & 0x7FFFFF).tolist()  # mantissas where codes begin
 
 
 def blocks(numel: int) -> int:
@@ -44,19 +46,24 @@ def decoded(code: Tensor, scale: Tensor) -> Tensor:
     return torch.where(code == 0, 0.0, bits.view(torch.float32)) * each
 
 
-def encoded(square_avg: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales of flat fp32."""
+def encoded(square_avg: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes and scales of flat fp32: by 16 random bits for each, or the nearest."""
     numel = square_avg.numel()
     whole = torch.nn.functional.pad(square_avg, (0, blocks(numel) * BLOCK - numel)).view(-1, BLOCK)
     scale = whole.amax(1)
     ratio = (whole / scale[:, None]).view(-1)[:numel]
-    if not torch.compiler.is_compiling():
+    if noise is None:
         code = torch.bucketize(ratio, MIDDLES.to(ratio.device), right=True).add_(1)
     else:
         bits = ratio.view(torch.int32)
         mantissa = bits & 0x7FFFFF
-        above = sum((mantissa >= bound).to(torch.int32) for bound in BOUNDS)
-        code = (255 + 8 * ((bits >> 23) - 127) + above).clamp(1, 255)
+        code, begin = 255 + 8 * ((bits >> 23) - 127), torch.zeros_like(bits)
+        for bound in BOUNDS:
+            is_above = mantissa >= bound
+            code, begin = code + is_above, torch.where(is_above, bound, begin)
+        lower = (bits & -0x800000 | begin).view(torch.float32)
+        is_next = (ratio - lower) * PER_WIDTH > (noise.float() + 0.5) * lower
+        code = (code + is_next).clamp(1, 255)
     return torch.where(square_avg > 0, code, 0).to(torch.uint8), scale
 
 

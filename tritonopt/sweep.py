@@ -153,11 +153,11 @@ class Sweep:
     def _bits(
         self, noise: Noise, some: Sequence[int], first: int, numel: int, piece: Sequence[Any]
     ) -> list[Tensor | None]:
-        """For each column of bf16, random bits: of a piece of one tensor, or of several tensors."""
+        """Random bits for columns that take any, of a piece of one tensor or of several tensors."""
         alone = len(some) == 1
         numels = [numel] if alone else [self.columns[0][index].numel() for index in some]
-        is_rounded = [flat is not None and flat.dtype is torch.bfloat16 for flat in piece]
-        return [noise.of(some, numels, first, i) if x else None for i, x in enumerate(is_rounded)]
+        pairs = enumerate(piece)
+        return [noise.of(some, numels, first, i) if noise.is_for(x) else None for i, x in pairs]
 
     def _memory(self, keys: Sequence[Any] | None) -> Iterator[tuple[Sequence[int], Sequence[Any]]]:
         """What is updated together, and where: flat parts of slabs, or copies to be copied back."""

@@ -63,14 +63,16 @@ class CompiledSweep(Sweep):
         if numel < 2:  # sizes 0 and 1 would each be a graph of their own
             super()._update(flats, grad, hyper, noise)
             return
-        kind = numel > SERIAL, grad.dtype, bool(noise)
+        kind = numel > SERIAL, grad.dtype, tuple(bits is not None for bits in noise)
         known = self._known.get(kind)
         if known is None or known[2] != hyper:
             known = self._known[kind] = (*self._graph(*kind, hyper), hyper)
         graph, numbers, _ = known
         graph.run([numel, blocks(numel), numbers, grad, *flats, *noise])
 
-    def _graph(self, many: bool, dtype: torch.dtype, noisy: bool, hyper: dict[str, Any]) -> Any:
+    def _graph(
+        self, many: bool, dtype: torch.dtype, noisy: tuple[bool, ...], hyper: dict[str, Any]
+    ) -> Any:
         """The graph of an update, and the numbers that are its input."""
         kinds = bool, str, NoneType
         constants = {name: value for name, value in hyper.items() if isinstance(value, kinds)}

@@ -1,0 +1,131 @@
+"""Averages in 8 bits over many steps: they go where torch's go, though a step moves them by less
+than codes lie apart."""
+
+import pytest
+import torch
+from cases import SHAPES
+
+import tritonopt
+from tritonopt.device import INTERPRET
+from tritonopt.precision import Noise, origin
+from tritonopt.quantized import BLOCK, CODE, SCALE, decoded, encoded
+
+COUNT, STEPS = 4 * BLOCK, 100 if INTERPRET else 1000
+
+
+def trained(gradients, **options):
+    """The optimizer, its state, and torch's average of squares after the same gradients."""
+    averages = []
+    for kind, more in ((tritonopt.RMSprop, {"quantized": True}), (torch.optim.RMSprop, {})):
+        param = torch.nn.Parameter(torch.zeros(COUNT))
+        optimizer = kind([param], **more, **options)
+        for step in range(STEPS):
+            param.grad = gradients(step)
+            optimizer.step()
+        entry = optimizer.state_dict()["state"][0]
+        averages.append(entry["square_avg"])
+    return averages
+
+
+def beside(value, greatest):
+    """A gradient in which each block has an element that is greater."""
+    grad = torch.full((COUNT,), value)
+    grad[::BLOCK] = greatest
+    return grad
+
+
+WAYS = {
+    "fall": lambda step: beside(1.0 if step < 5 else 1e-3, 1.0),
+    "grow": lambda step: beside(1.0 if step < 5 else 2.3, 100.0),
+    "stay": lambda step: beside(0.37, 1.0),
+}
+
+
+@pytest.mark.parametrize("alpha", [0.9, 0.99, 0.999])
+@pytest.mark.parametrize("way", WAYS)
+def test_averages_go_where_those_of_torch_go(way, alpha):
+    ours, theirs = trained(WAYS[way], alpha=alpha)
+    small = torch.arange(COUNT) % BLOCK > 0
+    found, wanted = ours[small].double(), theirs[small].double()
+    # Each differs by chance; their mean is that of a thousand.
+    assert abs(float(found.mean() / wanted.mean()) - 1) < 0.03
+    torch.testing.assert_close(ours[~small], theirs[~small], rtol=1e-5, atol=0)
+
+
+def test_roots_under_random_gradients():
+    grads = [torch.randn(COUNT) for _ in range(STEPS)]
+    ours, theirs = trained(lambda step: grads[step])
+    ratio = (ours / theirs).sqrt()
+    assert abs(float(ratio.mean()) - 1) < 0.02
+    assert float(((ratio - 1).abs() < 0.15).float().mean()) > 0.85
+    assert float((ratio - 1).abs().max()) < 0.5
+
+
+def test_codes_are_right_on_average():
+    """Over all random bits that there are."""
+    noise = torch.arange(2**16, dtype=torch.int32)
+    for value in (0.9999, 0.7, 2**-0.125, 3.3e-4, 2**-31.5):
+        square_avg = torch.full((2**16,), value)
+        square_avg[:: BLOCK // 2] = 1.0
+        code, scale = encoded(square_avg, noise)
+        below = torch.arange(2**16) % (BLOCK // 2) > 0
+        found = decoded(code, scale)
+        assert abs(float(found[below].double().mean()) / value - 1) < 1e-5
+        assert (found[~below] == 1).all() and len({*code[below].tolist()}) <= 2
+
+
+PATHS = ["step", "lone"] if INTERPRET else ["step", "compile()", "lone"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_all_paths_draw_the_same_codes(path, dtype, anywhere):
+    """Those of the bits of seed, step, place and element."""
+    params = [torch.nn.Parameter(torch.zeros(s, dtype=dtype, device=anywhere)) for s in SHAPES]
+    params += [torch.nn.Parameter(torch.zeros(2500, dtype=dtype, device=anywhere))]
+    optimizer = tritonopt.RMSprop(params, lr=0.5, alpha=0.75, quantized=True, rounding_seed=7)
+    if path == "compile()":
+        optimizer.compile()
+    before = [torch.zeros(param.numel()) for param in params]
+    for step in range(1, 4):
+        chosen = params if path != "lone" else params[-1:]
+        for param in chosen:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+        for index, param in enumerate(params):
+            if param.grad is None or not param.numel():
+                continue
+            noise = Noise(7, [origin(0, index, param)], step, False)
+            bits = noise.of([0], [param.numel()], 0, 1)
+            grad = param.grad.float().flatten().cpu()
+            code, scale = encoded(before[index] * 0.75 + (grad * grad) * 0.25, bits)
+            found = optimizer.state[param]
+            torch.testing.assert_close(found[SCALE].cpu(), scale, rtol=1e-6, atol=0)
+            same = found[CODE].flatten().cpu() == code
+            assert same.float().mean() > 0.99  # the average may be off by an ulp
+            before[index] = decoded(found[CODE].flatten().cpu(), found[SCALE].cpu())
+
+
+def test_bf16_is_rounded_at_random_only_where_that_is_asked_for(anywhere):
+    ends = []
+    for options in ({}, {"stochastic_rounding": True}):
+        param = torch.nn.Parameter(torch.ones(3000, dtype=torch.bfloat16, device=anywhere))
+        optimizer = tritonopt.RMSprop([param], lr=1e-5, quantized=True, **options)
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        ends.append(param.detach().float().cpu())
+    assert len(ends[0].unique()) == 1  # the update, 1e-4, is far below a place of bf16
+    assert 0.005 < float((ends[1] < 1).float().mean()) < 0.1 and len(ends[1].unique()) == 2
+
+
+def test_a_seed_is_of_codes_alone():
+    codes = []
+    for seed in (0, 1, 1):
+        param = torch.nn.Parameter(torch.zeros(3000))
+        optimizer = tritonopt.RMSprop([param], quantized=True, rounding_seed=seed)
+        param.grad = torch.linspace(-1, 1, 3000)
+        optimizer.step()
+        codes.append(optimizer.state[param][CODE])
+    assert torch.equal(codes[1], codes[2]) and not torch.equal(codes[0], codes[1])
+    with pytest.raises(ValueError, match="or quantized=True"):
+        tritonopt.RMSprop([param], rounding_seed=1)
