@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tritonopt.device import is_capturing
 from tritonopt.kernels.arithmetic import INTERPRETED
+from tritonopt.kernels.counts import count_sum_kernel
 from tritonopt.kernels.norm import square_sum_kernel
 from tritonopt.kernels.rmsprop import rmsprop_kernel
 from tritonopt.kernels.rprop import rprop_kernel
@@ -155,7 +156,9 @@ class Launch(Grid):
         counts = torch.empty(len(programs), dtype=torch.float32, device=self.device)
         self.rule(self, **{**hyper, "counts": counts})
         sums = torch.zeros(len(self.numels), dtype=torch.float64, device=self.device)
-        return sums.index_add_(0, programs >> 32, counts.double())  # exact in any order
+        pointers = *self.pointers[:2], counts, sums
+        self.launch(count_sum_kernel, self.grad_dtype, pointers, (), (self._rows.shape[1],))
+        return sums
 
     def _point(
         self, grads: Grads, factor: Tensor | None, skip: Tensor | None, noise: Noise | None

@@ -31,6 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tritonopt.kernels.launch import BLOCK, NORM_BLOCK, REGISTERS, THREADS, options
+from tritonopt.kernels.counts import count_sum_kernel
 from tritonopt.kernels.norm import square_sum_kernel
 from tritonopt.kernels.rmsprop import rmsprop_kernel
 from tritonopt.kernels.rprop import rprop_kernel
@@ -62,6 +63,7 @@ class Kernel(NamedTuple):
     constants: dict[str, Any]
     written: tuple[bool, ...] = ()
     block: int = BLOCK
+    reads: bool = True  # whether it reads gradients
     stores: bool = True
     split: bool = False  # whether the parameter has lower halves, and fp32 state
     quantized: bool = False  # whether the average of squares are codes, with scales
@@ -75,7 +77,7 @@ class Kernel(NamedTuple):
         written = [of if used else None for used, of in columns]
         if "noise_ptr" not in self.constants and not self.quantized:
             written = ["uint16" if of == "bf16" else of for of in written]  # AT_RANDOM
-        return [dtype, *written, *more]
+        return [dtype if self.reads else None, *written, *more]
 
     def vectors(self, dtype: str) -> list[int]:
         """Accesses of 128 bits that a thread needs for each tensor; of codes and scales, none."""
@@ -132,6 +134,7 @@ KERNELS: dict[str, Kernel] = {
     "rprop, scaled": _rprop("irprop-", "factor_ptr", "skip_ptr"),
     "irprop+, scaled": _rprop("irprop+", "factor_ptr", "skip_ptr"),
     "norm": Kernel(square_sum_kernel, {}, block=NORM_BLOCK, stores=False),
+    "counts": Kernel(count_sum_kernel, {"WIDTH": 5}, reads=False, stores=False),
 }
 QUICK = ("rmsprop", "rprop", "norm")
 MOST = {
@@ -210,7 +213,7 @@ def machine_code(kernel: Kernel, dtype: str, target: str) -> MachineCode:
 
 def is_of(name: str, dtype: str) -> bool:
     """Whether there is such a kernel: a sign has its place in fp32 alone, the rest is of bf16."""
-    if "compact" in name:
+    if "compact" in name or name == "counts":
         return dtype == "fp32"
     if "quantized" in name:
         return dtype != "fp64"

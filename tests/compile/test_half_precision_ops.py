@@ -106,6 +106,6 @@ def test_lists_that_do_not_fit():
         step("rprop_", [*lists[:-1], lists[-1][:2]])
     with pytest.raises(ValueError, match="remainders of int16"):
         step("rprop_", [*lists[:-1], lists[0]])
-    with pytest.raises(ValueError, match="state_steps for stochastic_rounding"):
+    with pytest.raises(ValueError, match="state_steps for random bits"):
         step("rprop_", [*lists[:4], []], **STOCHASTIC)
     assert path(torch.device("cpu"))[0] == "eager" and not any(map(float, lists[4]))

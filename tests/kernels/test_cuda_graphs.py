@@ -130,19 +130,25 @@ def test_interpreted_replays_equal_eager(name, capture):
     assert all(torch.equal(p, q) for p, q in zip(params, copies, strict=True))
 
 
-def on_cuda(name):
+def on_cuda(name, **options):
     """Parameters and copies of them, an optimizer of each, and their common lr."""
     lr = torch.tensor(0.01, device="cuda")
     params = [torch.nn.Parameter(torch.randn(n, device="cuda")) for n in (5, 1500)]
     copies = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    ours, theirs = (OURS[name](ps, lr=lr, capturable=True) for ps in (params, copies))
+    options = {"lr": lr, "capturable": True, **options}
+    ours, theirs = (OURS[name](some, **options) for some in (params, copies))
     return params, copies, ours, theirs, lr
 
 
+CAUTIOUS = {"momentum": 0.9, "cautious": True, "bias_correction": True, "max_grad_norm": 9.0}
+
+
 @cuda
-@names
-def test_whole_step_in_a_cuda_graph(name):
-    params, copies, captured, eager, lr = on_cuda(name)
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, {}) for name in sorted(OURS)), ("RMSprop", CAUTIOUS)]
+)
+def test_whole_step_in_a_cuda_graph(name, options):
+    params, copies, captured, eager, lr = on_cuda(name, **options)
     for p, q in zip(params, copies, strict=True):
         p.grad, q.grad = torch.zeros_like(p), torch.zeros_like(q)
     captured.step(), eager.step()

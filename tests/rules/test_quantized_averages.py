@@ -129,3 +129,26 @@ def test_a_seed_is_of_codes_alone():
     assert torch.equal(codes[1], codes[2]) and not torch.equal(codes[0], codes[1])
     with pytest.raises(ValueError, match="or quantized=True"):
         tritonopt.RMSprop([param], rounding_seed=1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures need a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_captured_step_draws_new_bits_at_each_replay(dtype):
+    params, copies = (
+        [torch.nn.Parameter(torch.zeros(n, dtype=dtype, device="cuda")) for n in (5, 1500)]
+        for _ in range(2)
+    )
+    options = {"quantized": True, "capturable": True, "stochastic_rounding": dtype != torch.float32}
+    captured, eager = (tritonopt.RMSprop(some, **options) for some in (params, copies))
+    for param, copy in zip(params, copies, strict=True):
+        param.grad = torch.randn_like(param)
+        copy.grad = param.grad.clone()
+    captured.step(), eager.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.step()
+    for _ in range(5):
+        graph.replay(), eager.step()
+        for param, copy in zip(params, copies, strict=True):
+            assert torch.equal(param, copy)
+            assert torch.equal(captured.state[param][CODE], eager.state[copy][CODE])
