@@ -30,8 +30,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tritonopt.kernels.launch import BLOCK, NORM_BLOCK, REGISTERS, THREADS, options
 from tritonopt.kernels.counts import count_sum_kernel
+from tritonopt.kernels.launch import BLOCK, NORM_BLOCK, REGISTERS, THREADS, options
 from tritonopt.kernels.norm import square_sum_kernel
 from tritonopt.kernels.rmsprop import rmsprop_kernel
 from tritonopt.kernels.rprop import rprop_kernel
