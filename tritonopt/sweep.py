@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tritonopt.eager import Scratch, apply, computed_in, count
 from tritonopt.precision import Noise
-from tritonopt.quantized import BLOCK
+from tritonopt.quantized import BLOCK, blocks
 from tritonopt.slab import filled, flattened
 from tritonopt.span import Columns, Span, all_given, spans, stretches
 
@@ -59,21 +59,25 @@ class Sweep:
             self.columns = [column and list(map(flattened, column)) for column in self.columns]
         self.in_place = all(c[0].dtype is self.dtype for c in self.columns if c)
         self.join = torch.cat if all(p.dim() == 1 for p in self.columns[0]) else flatten
-        if is_quantized:  # blocks are of one tensor
-            filled_ones = [index for index, param in enumerate(params) if param.numel()]
-            self.batches = []
-            self.spans = [self._alone(index) for index in filled_ones]
-            return
-        self.spans, apart = spans(self.columns, min(self.piece, PIECE), GATHERED)
+        self.scales: Any = len(columns) - is_split if is_quantized else None  # which column
+        if is_quantized:  # blocks are of one tensor: neighbours are no span
+            self.spans: list[Span] = []
+            apart = [index for index, param in enumerate(params) if param.numel()]
+        else:
+            self.spans, apart = spans(self.columns, min(self.piece, PIECE), GATHERED)
         small = [index for index in apart if params[index].numel() <= SMALL]
         small = small if len(small) > FEW else []
-        self.batches = filled(small, lambda index: params[index].numel(), SERIAL)
-        self.spans += [Span.of(self.columns, [index]) for index in {*apart} - {*small}]
+        self.batches = filled(small, lambda index: self._room(params[index].numel()), SERIAL)
+        self.spans += [self._alone(index) for index in {*apart} - {*small}]
         self.spans.sort(key=lambda span: span.first)
 
     def _alone(self, index: int) -> Span:
         flats = [column and flattened(column[index]) for column in self.columns]
         return Span(index, [0, flats[0].numel()], flats)
+
+    def _room(self, numel: int) -> int:
+        """Elements that a tensor takes beside others."""
+        return blocks(numel) * BLOCK if self.is_quantized else numel
 
     def _piece(self, params: Sequence[Tensor]) -> int:
         asleep = len(params) >= MANY and sum(p.numel() for p in params) <= LITTLE
@@ -155,7 +159,7 @@ class Sweep:
     ) -> list[Tensor | None]:
         """Random bits for columns that take any, of a piece of one tensor or of several tensors."""
         alone = len(some) == 1
-        numels = [numel] if alone else [self.columns[0][index].numel() for index in some]
+        numels = [numel] if alone else [self._room(self.columns[0][i].numel()) for i in some]
         pairs = enumerate(piece)
         return [noise.of(some, numels, first, i) if noise.is_for(x) else None for i, x in pairs]
 
@@ -180,14 +184,27 @@ class Sweep:
                 for column, copy in zip(self.columns, copies, strict=True):
                     if column is not None and len(some) > 1:  # else it is no copy
                         places = [column[index] for index in some]
+                        if self.is_quantized and column is not self.columns[self.scales]:
+                            copy = copy[self._places(some)]
                         torch._foreach_copy_(places, unflatten(copy, places))
 
     def _joined(self, tensors: Any, some: Sequence[int]) -> Tensor:
-        """A view of one tensor, or a copy of several side by side."""
+        """A view of one tensor, or a copy of several side by side, each in whole blocks."""
         if len(some) == 1:
             one = tensors[some[0]]
             return one if one.dim() == 1 else one.view(-1)
-        return self.join([tensors[index] for index in some])
+        joined = self.join([tensors[index] for index in some])
+        if not self.is_quantized or tensors is self.columns[self.scales]:
+            return joined
+        room = sum(self._room(self.columns[0][index].numel()) for index in some)
+        return joined.new_zeros(room).index_copy_(0, self._places(some), joined)
+
+    def _places(self, some: Sequence[int]) -> Tensor:
+        """Of the elements of tensors that are side by side in whole blocks."""
+        numels = torch.tensor([self.columns[0][index].numel() for index in some], device="cpu")
+        room = (numels + BLOCK - 1) // BLOCK * BLOCK
+        shifts = (room - numels).cumsum(0) - (room - numels)
+        return torch.arange(int(numels.sum()), device="cpu") + shifts.repeat_interleave(numels)
 
     def _update(
         self, flats: Sequence[Any], grad: Tensor, hyper: dict[str, Any],

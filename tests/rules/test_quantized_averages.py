@@ -81,25 +81,25 @@ PATHS = ["step", "lone"] if INTERPRET else ["step", "compile()", "lone"]
 @pytest.mark.parametrize("path", PATHS)
 def test_all_paths_draw_the_same_codes(path, dtype, anywhere):
     """Those of the bits of seed, step, place and element."""
-    params = [torch.nn.Parameter(torch.zeros(s, dtype=dtype, device=anywhere)) for s in SHAPES]
-    params += [torch.nn.Parameter(torch.zeros(2500, dtype=dtype, device=anywhere))]
+    shapes = [*SHAPES, *[(3,), (256,), (300,), (511,)] * 3, (2500,)]  # small ones are together
+    params = [torch.nn.Parameter(torch.zeros(s, dtype=dtype, device=anywhere)) for s in shapes]
     optimizer = tritonopt.RMSprop(params, lr=0.5, alpha=0.75, quantized=True, rounding_seed=7)
     if path == "compile()":
         optimizer.compile()
     before = [torch.zeros(param.numel()) for param in params]
     for step in range(1, 4):
-        chosen = params if path != "lone" else params[-1:]
-        for param in chosen:
+        optimizer.zero_grad()
+        for param in params[-1:] if path == "lone" else params[step % 3 :: step]:
             param.grad = torch.randn_like(param)
         optimizer.step()
         for index, param in enumerate(params):
             if param.grad is None or not param.numel():
                 continue
-            noise = Noise(7, [origin(0, index, param)], step, False)
+            found = optimizer.state[param]
+            noise = Noise(7, [origin(0, index, param)], float(found["step"]), False)
             bits = noise.of([0], [param.numel()], 0, 1)
             grad = param.grad.float().flatten().cpu()
             code, scale = encoded(before[index] * 0.75 + (grad * grad) * 0.25, bits)
-            found = optimizer.state[param]
             torch.testing.assert_close(found[SCALE].cpu(), scale, rtol=1e-6, atol=0)
             same = found[CODE].flatten().cpu() == code
             assert same.float().mean() > 0.99  # the average may be off by an ulp
