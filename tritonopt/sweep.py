@@ -43,8 +43,8 @@ class Sweep:
     """The update of `params` and their state, which must not move as long as it is used."""
 
     path = "eager"  # in `describe()`
+    mean_alone = 2**62  # elements from which on a tensor is updated alone if its mean is taken
     once = PIECE  # elements of a tensor that is gone through once even if the rule takes its mean
-    joins_means = True  # whether several tensors are one update even then
 
     def __init__(
         self, rule: Callable[..., None], params: Sequence[Tensor], columns: Columns,
@@ -99,11 +99,14 @@ class Sweep:
         steps = _values(hyper.get("step"))
         takes_mean, means = "mean" in hyper, _values(hyper.get("mean"))
         keys: list[Any] | None = None  # what is updated together has one key
-        if takes_mean and (means or not self.joins_means):
-            keys = [None if grad is None else index for index, grad in enumerate(grads)]
-        elif steps or not all_given(grads):
+        if steps or takes_mean or not all_given(grads):
             pairs = zip(grads, steps or repeat(True), strict=False)
             keys = [None if grad is None else key for grad, key in pairs]
+        if keys and takes_mean:
+            least = 0 if means else self.mean_alone
+            for index, param in enumerate(self.columns[0]):
+                if keys[index] is not None and param.numel() >= least:
+                    keys[index] = -1 - index
         for some, flats in self._memory(keys):
             if steps:
                 hyper = {**hyper, "step": steps[some[0]]}

@@ -14,9 +14,10 @@ from tritonopt import sweep
 
 def by_hand_(param, grad, state, *, lr=0.01, alpha=0.99, eps=1e-8, weight_decay=0.0, momentum=0.9,
              maximize=False, centered=False, eps_in_sqrt=False, lr_in_momentum=False,
-             nesterov=False, decoupled_weight_decay=False):  # fmt: skip
-    """The rule over a whole tensor. `state`: square_avg, grad_avg, momentum_buffer."""
-    square_avg, grad_avg, buffer = state
+             nesterov=False, decoupled_weight_decay=False, bias_correction=False):  # fmt: skip
+    """The rule over a whole tensor. `state`: square_avg, grad_avg, momentum_buffer, step."""
+    square_avg, grad_avg, buffer, count = state
+    count += 1
     grad = -grad if maximize else grad
     if decoupled_weight_decay:
         param *= 1 - lr * weight_decay
@@ -25,6 +26,8 @@ def by_hand_(param, grad, state, *, lr=0.01, alpha=0.99, eps=1e-8, weight_decay=
     square_avg.mul_(alpha).addcmul_(grad, grad, value=1 - alpha)
     grad_avg.lerp_(grad, 1 - alpha)
     avg = square_avg - grad_avg**2 if centered else square_avg
+    if bias_correction:
+        avg = avg / (1 - alpha**count)
     avg = (avg + eps).sqrt() if eps_in_sqrt else avg.sqrt() + eps
     summand = grad / avg * (lr if lr_in_momentum else 1)
     buffer.mul_(momentum).add_(summand)
@@ -42,13 +45,14 @@ OPTIONS = {
     "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True, "eps_in_sqrt": True},
     "centered": {"centered": True, "eps": 0.1},
     "maximize": {"maximize": True, "weight_decay": 0.1},
+    "bias correction": {"bias_correction": True, "alpha": 0.9},
 }
 
 
 class ByHand:
     def __init__(self, params, **options):
         self.params, self.options = params, options
-        self.states = [[torch.zeros_like(p) for _ in "vgb"] for p in params]
+        self.states = [[*(torch.zeros_like(p) for _ in "vgb"), p.new_zeros(())] for p in params]
 
     @torch.no_grad()
     def step(self):
@@ -63,6 +67,7 @@ class Op:
     def __init__(self, params, centered=False, **options):
         self.params, self.options, self.centered = params, options, centered
         self.states = [[torch.zeros_like(p) for p in params] for _ in "vgb"]
+        self.states.append([torch.zeros(()) for _ in params])
 
     @torch.no_grad()
     def step(self):
@@ -71,7 +76,7 @@ class Op:
         states[1] = states[1] if self.centered else []
         grads = [p.grad for p in params]
         params = [p.detach() for p in params]
-        torch.ops.tritonopt.rmsprop_(params, grads, *states, [], cautious=True, **self.options)
+        torch.ops.tritonopt.rmsprop_(params, grads, *states, cautious=True, **self.options)
 
 
 def make(path, params, **options):

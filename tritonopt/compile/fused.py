@@ -40,8 +40,8 @@ def has_compiler(backend: Any) -> bool:
 
 class CompiledSweep(Sweep):
     path = "compiled"  # in `describe()`
+    mean_alone = 2**11
     once = 2**62
-    joins_means = False  # the mean is in the graph
 
     def __init__(
         self, *lists: Any, is_split: bool = False, is_quantized: bool = False, **kwargs: Any
@@ -58,11 +58,13 @@ class CompiledSweep(Sweep):
         self, flats: Sequence[Tensor | None], grad: Tensor, hyper: dict[str, Any],
         noise: Sequence[Tensor | None],
     ) -> None:  # fmt: skip
-        hyper = _immutable(hyper)
         numel = grad.numel()
-        if numel < 2:  # sizes 0 and 1 would each be a graph of their own
+        # Sizes 0 and 1 would each be a graph of their own. The mean of one tensor is in the graph;
+        # those of several are not.
+        if numel < 2 or callable(hyper.get("mean")):
             super()._update(flats, grad, hyper, noise)
             return
+        hyper = _immutable(hyper)
         kind = numel > SERIAL, grad.dtype, tuple(bits is not None for bits in noise)
         known = self._known.get(kind)
         if known is None or known[2] != hyper:
