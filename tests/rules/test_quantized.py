@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from cases import SHAPES
+from precision_cases import give
 
 import tritonopt
 from tritonopt.device import INTERPRET
@@ -28,12 +29,6 @@ PATHS = ["step", "op"] if INTERPRET else ["step", "compile()", "op"]
 
 def leaves(tensors, dtype=torch.float32):
     return [tensor.detach().clone().to(dtype).requires_grad_() for tensor in tensors]
-
-
-def give(grads, *lists):
-    for params in lists:
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = None if grad is None else grad.to(param.dtype)
 
 
 def average(entry):
