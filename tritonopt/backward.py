@@ -21,6 +21,11 @@ from tritonopt.units import Part
 
 CPU = torch.device("cpu")
 BUCKET_BYTES = 25 * 2**20
+TWICE = (
+    "parameters were updated by more than one backward pass since the last optimizer.step(), and "
+    "step_in_backward sums up no gradients: call step() after each backward, or leave "
+    "step_in_backward out and call it after several"
+)
 TOO_LATE = (
     "step_in_backward goes neither with GradScaler nor with clipping after backward: its steps "
     "have used the gradients as they were, scaled or not, and freed them. Leave these out, or call "
@@ -38,8 +43,9 @@ def step_in_backward(
     backward makes them, to the last bit. A call of :meth:`step` finds no gradients then, and does
     nothing: training loops, schedulers and closures that call backward stay as they are.
 
-    Every backward is a step: gradients of several cannot be summed up, and what reads or changes
-    gradients after backward (`clip_grad_norm_`) finds none. Step hooks run once for each bucket.
+    Every backward is a step: gradients of several are not summed up, which the next call of
+    :meth:`step` notices. What reads or changes gradients after backward (`clip_grad_norm_`) finds
+    none, which nobody notices. Step hooks run once for each bucket.
     A backward pass that fails has updated some parameters, and frees the gradients that waited.
     What is left of it may not need old values of a parameter whose gradient is complete. Only
     uses without gradient do: after `detach()`, autograd raises its error of a variable "modified by
@@ -62,7 +68,8 @@ def step_in_backward(
             negative.
         RuntimeError: it is attached already, there are gradients, or DDP or FSDP1 hold parameters.
             In backward: there was a gradient before, `create_graph` is given, another backward pass
-            is under way (as in reentrant checkpointing). In `GradScaler.step`: always, too late.
+            is under way (as in reentrant checkpointing). In :meth:`step`: a parameter has been
+            updated more than once since the last one. In `GradScaler.step`: always, too late.
 
     Example:
         >>> model = torch.nn.Linear(10, 1)
@@ -89,6 +96,7 @@ class Pass:
         self.waiting: dict[Any, list[tuple[Tensor, Tensor]]] = {}  # with gradients, by the stream
         self.sizes: Counter[Any] = Counter()  # bytes
         self.counts: Counter[torch.device] = Counter()  # of buckets
+        self.updated: list[int] = []  # ids of parameters
 
     def __call__(self) -> None:
         self.handle._end(self)
@@ -118,6 +126,8 @@ class StepInBackward:
         self._hooks: dict[Tensor, list[Any]] = {}
         self._early: set[Tensor] = set()  # had a gradient before
         self._looked = False  # for DDP
+        self._updated: set[int] = set()  # ids of parameters, since the user's last step
+        self._twice = False  # whether any was updated by two passes since then
         self._check()
         if optimizer._in_backward is not None:
             raise RuntimeError("the optimizer is attached already: call remove() of the handle")
@@ -145,6 +155,15 @@ class StepInBackward:
 
     def __exit__(self, *_: Any) -> None:
         self.remove()
+
+    def stepped(self) -> None:
+        """Called by each step: one that the user takes is of one backward pass."""
+        if isinstance(self.optimizer._units, Part):
+            return
+        twice, self._twice = self._twice, False
+        self._updated.clear()
+        if twice:
+            raise RuntimeError(TWICE)
 
     def follow(self) -> None:
         """Attaches the parameters that the optimizer has now; plans anew if anything is other."""
@@ -267,6 +286,7 @@ class StepInBackward:
             optimizer._units = whole
         for param in params:
             param.grad = None
+        now.updated += map(id, params)
         now.waiting[stream], now.sizes[stream] = [], 0
         now.counts[device] += 1
 
@@ -280,6 +300,8 @@ class StepInBackward:
                 if on_stream:  # autograd has waited for it before this
                     torch.accelerator.current_stream(stream.device).wait_stream(stream)
             self._pass = None
+            self._twice |= not self._updated.isdisjoint(now.updated)
+            self._updated.update(now.updated)
 
 
 def _stream(device: torch.device) -> Any:

@@ -188,6 +188,8 @@ class FusedOptimizer(RuleOptimizer):
     )
     def _update(self, loss: Any) -> None:
         """What is left of a step once the gradients are there; dynamo does not trace it."""
+        if self._in_backward is not None:
+            self._in_backward.stepped()
         if torch.cuda.is_initialized() or torch.xpu.is_initialized():  # else nothing is captured
             self._accelerator_graph_capture_health_check()
         self._opt_called = True

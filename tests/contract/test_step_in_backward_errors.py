@@ -92,6 +92,41 @@ def test_what_a_pass_cannot_do(name, what, text):
     assert optimizer.state[model.scale]["step"] == 1
 
 
+@pytest.mark.parametrize("way", ["step", "closure"])
+def test_gradients_of_several_passes(name, way):
+    """A step after them says that they were not summed up; then one step for each goes on."""
+    model, optimizer, _ = attached(name)
+
+    def closure():
+        loss = model(torch.ones(3, 5))
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        closure()
+        optimizer.step()
+    closure()
+    with pytest.raises(RuntimeError, match="updated by more than one backward pass"):
+        if way == "step":
+            closure()
+        optimizer.step(None if way == "step" else closure)
+    for _ in range(2):
+        optimizer.step(closure)
+    assert optimizer.state[model.scale]["step"] == 6
+
+
+def test_passes_of_different_parameters(name):
+    model = torch.nn.ModuleList([torch.nn.Linear(3, 2), torch.nn.Linear(2, 1)])
+    optimizer = OURS[name](model.parameters())
+    tritonopt.step_in_backward(model, optimizer)
+    for _ in range(3):
+        between = model[0](torch.ones(4, 3))
+        between.sum().backward()
+        model[1](between.detach()).sum().backward()
+        optimizer.step()
+    assert all(entry["step"] == 3 for entry in optimizer.state.values())
+
+
 def test_a_scaler(name):
     model, optimizer, _ = attached(name)
     scaler = torch.amp.GradScaler("cpu")
