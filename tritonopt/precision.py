@@ -32,7 +32,10 @@ def check(group: dict[str, Any]) -> None:
     if type(seed) is not int or not 0 <= seed < 2**31:
         raise ValueError(f"Invalid rounding_seed: {seed!r}, not an int from 0 to 2**31 - 1")
     if seed and not values["stochastic_rounding"] and not group.get("quantized"):
-        raise ValueError("rounding_seed requires stochastic_rounding=True, or quantized=True")
+        raise ValueError(
+            "rounding_seed requires stochastic_rounding=True, or quantized=True, in each param "
+            "group that has it: give it to that group alone"
+        )
     if values["stochastic_rounding"] and values["master"]:
         raise ValueError("stochastic_rounding rounds, and master='split' does not: leave one out")
 
@@ -72,6 +75,10 @@ def fitted(
         entry = quantized.compressed(entry, param)
     elif quantized.CODE in entry:  # an option that is no more
         entry = quantized.expanded(entry)
+        as_now = dtype_of(group, quantized.TORCHS, param) or param.dtype
+        entry[quantized.TORCHS] = entry[quantized.TORCHS].to(as_now)
+    if REMAINDER in entry and REMAINDER not in keys:  # what was joined to it has changed since
+        entry = {key: value for key, value in entry.items() if key != REMAINDER}
     if group.get("master") and REMAINDER not in entry:
         entry = {**entry, REMAINDER: torch.zeros_like(param, requires_grad=False)}
     for key in entry.keys() & keys:

@@ -76,11 +76,13 @@ def compressed(entry: dict[str, Any], param: Tensor) -> dict[str, Any]:
     numel, code = local(param).numel(), entry.get(CODE)
     scale: Any = entry.get(SCALE)
     if code is not None:
-        fits = code.dtype == torch.uint8 and same_layout(local(code), local(param))
+        fits = isinstance(code, Tensor) and code.dtype == torch.uint8
+        fits = fits and same_layout(local(code), local(param))
         fits = fits and isinstance(scale, Tensor) and scale.dtype == torch.float32
         fits = fits and scale.size() == (blocks(numel),) and scale.is_contiguous()
         if not fits:
-            what = f"{numel} elements laid out as the parameter: load_state_dict makes them so"
+            what = f"{numel} elements laid out as the parameter: load_state_dict makes them so, "
+            what += "of a checkpoint that is not flattened"
             raise ValueError(f"state {CODE!r} and {SCALE!r} are not of {what}")
         return entry
     square_avg = entry.get(TORCHS)

@@ -66,7 +66,7 @@ class RMSprop(FusedOptimizer, torch.optim.RMSprop):
         nesterov: the step has :math:`\mu b_t` plus the last summand of :math:`b_t` for it.
         bias_correction: :math:`v_t` and the running mean of the gradient are divided by
             :math:`1 - \alpha^t`, where :math:`t` counts the parameter's steps. If ``centered``,
-            the first one divides by ``eps`` alone: one gradient has no variance.
+            the first one divides by rounding errors and ``eps``: one gradient has no variance.
         decoupled_weight_decay: :math:`\theta` is multiplied by :math:`1 - \gamma \lambda` before
             the update, and the gradient left as it is.
         nan_safe: with ``centered``, a variance that rounding makes negative counts as 0: ``eps``

@@ -67,7 +67,8 @@ class Sweep:
             self.spans, apart = spans(self.columns, min(self.piece, PIECE), GATHERED)
         small = [index for index in apart if params[index].numel() <= SMALL]
         small = small if len(small) > FEW else []
-        self.batches = filled(small, lambda index: self._room(params[index].numel()), SERIAL)
+        longest = min(SERIAL, self.piece)  # of several tensors, nothing is cut
+        self.batches = filled(small, lambda index: self._room(params[index].numel()), longest)
         self.spans += [self._alone(index) for index in {*apart} - {*small}]
         self.spans.sort(key=lambda span: span.first)
 
@@ -200,7 +201,8 @@ class Sweep:
         if not self.is_quantized or tensors is self.columns[self.scales]:
             return joined
         room = sum(self._room(self.columns[0][index].numel()) for index in some)
-        return joined.new_zeros(room).index_copy_(0, self._places(some), joined)
+        code = 1 if tensors is self.columns[1] else 0  # 0 times an infinite scale would be NaN
+        return joined.new_full((room,), code).index_copy_(0, self._places(some), joined)
 
     def _places(self, some: Sequence[int]) -> Tensor:
         """Of the elements of tensors that are side by side in whole blocks."""

@@ -251,3 +251,32 @@ def test_describe_tells_bytes(name, options, each):
         assert all(f"{key}={value!r}" in table for key, value in options.items())
         give(random([(30, 50), (500,)]), params)
         optimizer.step()
+
+
+def test_a_remainder_goes_with_its_option():
+    param = leaves([torch.ones(5)])[0]
+    optimizer = tritonopt.RMSprop([param], master="split")
+    for master in ("split", None):
+        optimizer.param_groups[0]["master"] = master
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        assert ("remainder" in optimizer.state[param]) == bool(master)
+
+
+OF_MANY = [{"stochastic_rounding": True}, {"cautious": True, "momentum": 0.9}]
+
+
+@pytest.mark.skipif(INTERPRET, reason="kernels have no pieces of several parameters")
+@pytest.mark.parametrize("options", OF_MANY, ids=str)
+def test_a_thousand_small_views(options):
+    """Gathered, as they lie apart: the same as those that lie side by side."""
+    start = torch.randn(1000, 64).bfloat16()
+    flat = start.clone()
+    views, owners = [*map(torch.nn.Parameter, flat)], leaves([*start])
+    for params in (views, owners):
+        optimizer = tritonopt.RMSprop(params, **options)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(2):
+            give([torch.randn(64, generator=generator) for _ in params], params)
+            optimizer.step()
+    assert all(map(torch.equal, views, owners)) and not torch.equal(flat, start)

@@ -152,3 +152,32 @@ def test_a_captured_step_draws_new_bits_at_each_replay(dtype):
         for param, copy in zip(params, copies, strict=True):
             assert torch.equal(param, copy)
             assert torch.equal(captured.state[param][CODE], eager.state[copy][CODE])
+
+
+def test_an_infinite_block_does_not_depend_on_what_is_updated_beside(anywhere):
+    ends = []
+    for count in (1, 4, 6):
+        params = [torch.nn.Parameter(torch.ones(64, device=anywhere)) for _ in range(count)]
+        optimizer = tritonopt.RMSprop(params, quantized=True, compile=not INTERPRET and count == 6)
+        for step in range(4):
+            for param in params:
+                param.grad = torch.ones_like(param)
+            if step == 0:
+                params[0].grad[3] = 1e25
+            optimizer.step()
+        ends.append((params[0].detach(), optimizer.state[params[0]][SCALE]))
+    for end in ends:
+        torch.testing.assert_close(end, ends[0])
+        assert end[0].isfinite().all() and end[1].isinf().all()
+
+
+def test_no_longer_quantized_in_half_precision():
+    params = [torch.nn.Parameter(torch.randn(300).bfloat16()) for _ in range(3)]
+    optimizer = tritonopt.RMSprop(params, quantized=True, momentum=0.9, bias_correction=True)
+    for quantized in (True, False):
+        optimizer.param_groups[0]["quantized"] = quantized
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer.step()
+    entry = optimizer.state[params[0]]
+    assert entry["square_avg"].dtype == entry["momentum_buffer"].dtype == torch.bfloat16
